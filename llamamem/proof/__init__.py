@@ -1,0 +1,1 @@
+"""Everything that answers "is it really so?": fixture checks, parity, benchmarks, smoke tests."""
