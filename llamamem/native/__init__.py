@@ -1,0 +1,1 @@
+"""The native runtime: pin, patch, build, find the binaries, ask them who they are."""
