@@ -196,6 +196,15 @@ class Context:
                 n_out += n_part
         return logits
 
+    def feed(self, ids: ArrayLike, pos: int = 0, seq: int = 0) -> None:
+        """Runs tokens of one sequence for their effect on KV cache and memory only: no logits are computed."""
+        tokens = np.ascontiguousarray(ids, np.int32)
+        positions = np.arange(pos, pos + len(tokens), dtype=np.int32)
+        for i in range(0, len(tokens), self.n_batch):
+            part = tokens[i : i + self.n_batch]
+            n = len(part)
+            self._decode(part, positions[i : i + n], np.full(n, seq, np.int32), np.zeros(n, np.int8))
+
     def _decode(self, tokens: Any, pos: Any, seq: Any, out: Any) -> None:
         n_seq = np.ones(len(tokens), np.int32)
         # llama.cpp takes one pointer a token to its list of sequences

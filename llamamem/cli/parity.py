@@ -1,0 +1,80 @@
+"""`llamamem parity`: logits computed in process against logits from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class KvType(str, Enum):
+    f32 = "f32"
+    f16 = "f16"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(parity)
+
+
+def parity(
+    model: Annotated[Path, typer.Option(help="Base GGUF.")],
+    ids: Annotated[Path, typer.Option(help=".npy, token ids [n], fed from position 0.")],
+    logits: Annotated[Path, typer.Option(help=".npy, reference logits [n, vocabulary].")],
+    sidecar: Annotated[Path | None, typer.Option(help="Memory sidecar GGUF; without it the base runs.")] = None,
+    ubatch: Annotated[int, typer.Option(min=1, help="Tokens in a microbatch.")] = 512,
+    kv: Annotated[KvType, typer.Option(help="Type of the KV cache.")] = KvType.f32,
+    exact_gelu: Annotated[
+        bool, typer.Option("--exact-gelu", help="Use the test build, whose CPU GELU is exact.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    states: Annotated[
+        Path | None, typer.Option(help=".npz, reference states S, prev, pos after the last token.")
+    ] = None,
+    states_prefix: Annotated[str, typer.Option(help="Prefix of the names in --states.")] = "",
+    atol: Annotated[float | None, typer.Option(help="Exit 1 when max_abs_diff is above this.")] = None,
+    bin_dir: Annotated[Path | None, typer.Option(help="A build made elsewhere.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Compare the logits of every position with given ones, computed in process (flash attention off).
+
+    A measurement: exits 0 when it ran, whatever it found, unless --atol sets a limit.
+    """
+    from llamamem.errors import LlamamemError
+    from llamamem.native.runtime import Model, load_library
+    from llamamem.proof.parity import load_ids, load_logits, load_states, measure_parity
+
+    id_array, logit_array = load_ids(ids), load_logits(logits)
+    if states is not None and sidecar is None:
+        raise LlamamemError("--states compares the memory's states: it needs --sidecar")
+    expected = None if states is None else load_states(states, states_prefix)
+    library = load_library(exact_gelu=exact_gelu, bin_dir=bin_dir)
+    with Model.open(model, sidecar) as opened:
+        result = measure_parity(
+            opened, id_array, logit_array, n_ubatch=ubatch, kv=kv.value, threads=threads, states=expected
+        )
+    if as_json:
+        setting = {
+            "model": str(model),
+            "sidecar": None if sidecar is None else str(sidecar),
+            "ubatch": ubatch,
+            "kv": kv.value,
+            "exact_gelu": exact_gelu,
+            "threads": threads,
+            "build": library.build_id,
+        }
+        typer.echo(json.dumps({**result.to_dict(), **setting}))
+    else:
+        typer.echo(f"tokens          {result.n_tokens}")
+        typer.echo(f"max |diff|      {result.max_abs_diff:.3e} (token {result.worst_token})")
+        typer.echo(f"median |diff|   {result.median_abs_diff:.3e}")
+        typer.echo(f"top-1 agreement {result.top1_agreement:.2%} ({result.argmax_differences} differ)")
+        if result.states is not None:
+            counts = "equal" if result.states.tokens_written_equal else "DIFFERENT"
+            typer.echo(f"states max |diff| S {result.states.S_max_abs_diff:.3e}")
+            typer.echo(f"states max |diff| prev {result.states.prev_max_abs_diff:.3e}")
+            typer.echo(f"tokens written  {counts}")
+    if atol is not None and not result.max_abs_diff <= atol:
+        raise typer.Exit(1)
