@@ -1,0 +1,148 @@
+"""`llamamem serve`: start a server in the foreground, wait until it is ready, stop it in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from llamamem.errors import LlamamemError
+from llamamem.formats.run import state_dir
+from llamamem.native.build import find_build
+from llamamem.serving.preflight import Checked, check
+from llamamem.serving.process import Follower, Signals, StopRequested, launch
+from llamamem.serving.profiles import Plan, make_plan
+
+KILLED = 3  # exit status: the server did not stop within the grace time
+
+
+def register(app: typer.Typer) -> None:
+    # what follows `--` is left in context.args
+    app.command("serve", context_settings={"allow_extra_args": True})(serve)
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[Path, typer.Option(help="Base GGUF.")],
+    sidecar: Annotated[Path | None, typer.Option(help="Sidecar GGUF; without one the base is served alone.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="serial (default with a sidecar), fused, batched or base.")
+    ] = None,
+    parallel: Annotated[int | None, typer.Option(help="Slots; batched: 4 unless given.")] = None,
+    ctx_size: Annotated[int | None, typer.Option(help="Tokens of context; 0: the model's own.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8080,
+    slot_dir: Annotated[Path | None, typer.Option(help="Directory of slot files.")] = None,
+    bin_dir: Annotated[Path | None, typer.Option(help="Directory of a build made elsewhere.")] = None,
+    stall_timeout: Annotated[
+        float, typer.Option(help="Give up after this many seconds without a line of log.")
+    ] = 300.0,
+    grace: Annotated[float, typer.Option(help="Seconds between SIGTERM and SIGKILL.")] = 10.0,
+    memory_check: Annotated[
+        bool, typer.Option("--memory-check/--no-memory-check", help="Refuse if it cannot fit.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object: the plan, or the run once it is ready.")
+    ] = False,
+) -> None:
+    """Serve a base GGUF, with a memory or without, until Ctrl-C. Arguments after -- go to llama-server.
+
+    Exit status: 0 stopped on request, 1 the server ended by itself, 2 it could not start, 3 it had to be killed.
+    """
+    if sidecar is not None and slot_dir is None:
+        slot_dir = state_dir() / "slots" / sidecar.stem
+    if bin_dir is not None:
+        os.environ["LLAMAMEM_BIN_DIR"] = str(bin_dir)  # a flag goes over the environment
+    build = find_build()
+    plan = make_plan(
+        model.absolute(),
+        bin_dir=Path(build.bin_dir),
+        sidecar=sidecar.absolute() if sidecar else None,
+        profile=profile,
+        parallel=parallel,
+        ctx_size=ctx_size,
+        host=host,
+        port=port,
+        slot_dir=slot_dir.absolute() if slot_dir else None,
+        extra=context.args,
+    )
+    if dry_run:
+        _print_plan(plan, as_json)
+        return
+    console = Console(stderr=True)
+    with Signals() as signals:
+        try:
+            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+                task = bar.add_task("hashing the base", total=None, visible=False)
+
+                def progress(done: int, total: int) -> None:
+                    bar.update(task, completed=done, total=total, visible=True)
+                    signals.check()
+
+                checked = check(plan, memory_check=memory_check, on_cpu=build.backend == "cpu", progress=progress)
+        except StopRequested:
+            raise LlamamemError("stopped before the server was started") from None
+        for warning in checked.warnings:
+            console.print(f"llamamem: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        raise typer.Exit(_run(plan, checked, build.identity, signals, stall_timeout, grace, as_json))
+
+
+def _run(
+    plan: Plan, checked: Checked, identity: str, signals: Signals, stall_timeout: float, grace: float, as_json: bool
+) -> int:
+    server = launch(plan, checked, build=identity)
+    follow = Follower(server.log_path)
+
+    def between() -> None:
+        follow()
+        signals.check()
+
+    ending = None
+    try:
+        server.wait_ready(stall_timeout=stall_timeout, api_key=_api_key(plan), on_wait=between)
+        follow()
+        if as_json:
+            print(server.record.model_dump_json(), flush=True)
+        else:
+            memory = f"memory {plan.profile}" if plan.sidecar else "no memory"
+            print(f"llamamem: ready at {server.url} ({memory}); log {server.log_path}", file=sys.stderr, flush=True)
+        server.wait(between)
+        print(f"llamamem: the server ended by itself (status {server.process.returncode})", file=sys.stderr)
+        return 1
+    except StopRequested:
+        ending = server.stop(grace)
+        follow()
+        print(f"llamamem: the server was {ending}", file=sys.stderr)
+        return 0 if ending == "stopped" else KILLED if ending == "killed" else 1
+    finally:
+        server.stop(grace)
+        follow.close()
+
+
+def _api_key(plan: Plan) -> str | None:
+    """The first key that requests must carry, when llama-server was given one."""
+    keys = os.environ.get("LLAMA_API_KEY")
+    for arg, value in zip(plan.extra, plan.extra[1:]):
+        if arg.replace("_", "-") == "--api-key":
+            keys = value
+    return keys.split(",")[0] if keys else None
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    fields = plan.as_dict()
+    if as_json:
+        print(json.dumps(fields))
+        return
+    print(shlex.join(fields["argv"]))
+    for name, value in fields["env"].items():
+        print(f"  environment  {name}={value}")
+    for name in ("profile", "model", "sidecar", "slot_dir", "parallel", "ctx_size"):
+        print(f"  {name:<11}  {fields[name] if fields[name] is not None else '-'}")

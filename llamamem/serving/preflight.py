@@ -1,0 +1,235 @@
+"""Everything that can be refused before a server starts, so that nothing is started that would fail later.
+
+Each refusal is a LlamamemError of one line: the file, flag or number at fault and what to do next.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+import psutil
+
+from llamamem.errors import LlamamemError
+from llamamem.formats.sidecar import read_sidecar
+from llamamem.serving.gguf_header import read_gguf_header
+from llamamem.serving.profiles import PROFILES, Plan, owner_of
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+_KV_BYTES = {  # bytes a value, by --cache-type-k/-v
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+    "iq4_nl": 18 / 32,
+}
+_OVERHEAD = 256 << 20  # compute buffers and the process itself, bytes: a round figure
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What preflight found out: SHA-256 of base (only with a sidecar) and sidecar in hex, and what to warn of."""
+
+    base_sha256: str | None
+    sidecar_sha256: str | None
+    warnings: tuple[str, ...]
+
+
+def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progress: Progress | None = None) -> Checked:
+    """Refuses with LlamamemError, quick checks first; the base is hashed last (`progress` is told how far).
+
+    `on_cpu` False turns a refusal for lack of main memory into a warning: weights may lie on a GPU.
+    """
+    check_binary(plan.bin_dir)
+    header = read_gguf_header(plan.model, "base")
+    if header.get("split.count", 0) > 1 and plan.sidecar is not None:
+        raise LlamamemError(
+            f"base {plan.model}: is split into {header['split.count']} files, which a sidecar cannot be bound to;"
+            " merge them with llama-gguf-split --merge"
+        )
+    sidecar = None
+    if plan.sidecar is not None:
+        read_gguf_header(plan.sidecar, "sidecar")
+        sidecar = read_sidecar(plan.sidecar)
+    check_config_files(plan)
+    check_slot_dir(plan.slot_dir)
+    check_port(plan.host, plan.port)
+    warnings = check_memory(plan, header, refuse=memory_check and on_cpu)
+    if sidecar is None or plan.sidecar is None:
+        return Checked(None, None, warnings)
+    base_sha256 = file_sha256(plan.model, progress)
+    if base_sha256 != sidecar.base_sha256:
+        raise LlamamemError(
+            f"base {plan.model} has SHA-256 {base_sha256}, but sidecar {plan.sidecar} is bound to"
+            f" {sidecar.base_sha256}; give the base that the sidecar was made for"
+        )
+    return Checked(base_sha256, file_sha256(plan.sidecar), warnings)
+
+
+def check_binary(bin_dir: Path) -> None:
+    binary = bin_dir / "llama-server"
+    if not binary.is_file():
+        raise LlamamemError(f"{binary}: no such binary; run `llamamem build`, or point --bin-dir at a build")
+    if not os.access(binary, os.X_OK):
+        raise LlamamemError(f"{binary}: is not executable; run `chmod +x` on it, or `llamamem build` again")
+
+
+def check_config_files(plan: Plan) -> None:
+    """llama.cpp reads `config.ini` before its command line: an owned option there is refused as one in `extra` is."""
+    config_home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    for path in (Path("/etc/llama.cpp/config.ini"), Path(config_home) / "llama.cpp" / "config.ini"):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        keys = {line.partition("=")[0].strip() for line in lines if "=" in line and line.lstrip()[:1] not in "#;["}
+        owned = PROFILES[plan.profile].owned
+        faults = [key for key in sorted(keys) if any(owner_of(dash + key, owned) for dash in ("-", "--"))]
+        if faults:
+            raise LlamamemError(
+                f"{path}: sets {', '.join(faults)}, owned by profile {plan.profile}; take the lines out, or choose a"
+                " profile that allows them"
+            )
+
+
+def check_slot_dir(slot_dir: Path | None) -> None:
+    """Makes the directory when it is missing."""
+    if slot_dir is None:
+        return
+    try:
+        slot_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=slot_dir):
+            pass
+    except OSError as e:
+        raise LlamamemError(f"--slot-dir {slot_dir}: not writable ({e.strerror}); give a directory of yours") from e
+
+
+def check_port(host: str, port: int) -> None:
+    if port == 0:
+        return
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as e:
+        raise LlamamemError(f"--host {host}: cannot be resolved ({e.strerror}); give an address of this machine") from e
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except PermissionError as e:
+            raise LlamamemError(f"--port {port}: needs privileges; give one above 1023, or 0 for a free one") from e
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE:
+                by = _listener(port)
+                raise LlamamemError(f"--port {port}: taken{by}; stop it, or give another port (0: a free one)") from e
+            raise LlamamemError(f"--host {host}: cannot listen there ({e.strerror}); give 127.0.0.1") from e
+
+
+def _listener(port: int) -> str:
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
+            if listens and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass  # other users' processes may be invisible to us
+    return ""
+
+
+def check_memory(plan: Plan, header: dict[str, Any], *, refuse: bool = True) -> tuple[str, ...]:
+    """Weights + KV + sidecar against the memory that is available now: refused under 1.0x, a warning under 1.2x."""
+    need = memory_need(plan, header)
+    available = psutil.virtual_memory().available
+    if available >= 1.2 * need:
+        return ()
+    found = f"about {need / 2**30:.1f} GiB are needed for weights and KV cache, {available / 2**30:.1f} GiB are free"
+    if available < need and refuse:
+        raise LlamamemError(f"{plan.model}: {found}; give a smaller --ctx-size, or --no-memory-check to try anyway")
+    return (f"{plan.model}: {found}; a smaller --ctx-size needs less",)
+
+
+def memory_need(plan: Plan, header: dict[str, Any]) -> int:
+    """Bytes, an estimate. The KV cache is counted as llama.cpp's sliding-window cache allocates it."""
+    weights = plan.model.stat().st_size + (plan.sidecar.stat().st_size if plan.sidecar else 0)
+    arch = header.get("general.architecture", "")
+
+    def field(name: str, default: Any = 0) -> Any:
+        return header.get(f"{arch}.{name}", default)
+
+    n_ctx = plan.ctx_size or field("context_length")
+    n_seq = plan.parallel or 1
+    window = field("attention.sliding_window")
+    pattern = field("attention.sliding_window_pattern", None)
+    heads = field("attention.head_count_kv") or field("attention.head_count")
+    per_value = _kv_type(plan, "k"), _kv_type(plan, "v")
+    kv = 0.0
+    for il in range(field("block_count") - field("attention.shared_kv_layers")):
+        slides = bool(window and (pattern[il] if isinstance(pattern, list) else False))
+        suffix = "_swa" if slides else ""
+        widths = (
+            field(f"attention.key_length{suffix}") or field("attention.key_length"),
+            field(f"attention.value_length{suffix}") or field("attention.value_length"),
+        )
+        cells = min(n_ctx, (window + 512) * n_seq) if slides else n_ctx
+        n_heads = heads[il] if isinstance(heads, list) else heads or 0
+        kv += cells * n_heads * sum(width * size for width, size in zip(widths, per_value))
+    return int(weights + kv + _OVERHEAD)
+
+
+def _kv_type(plan: Plan, which: str) -> float:
+    names = (f"-ct{which}", f"--cache-type-{which}")
+    for arg, value in zip(plan.extra, plan.extra[1:]):
+        if arg.replace("_", "-") in names:
+            return _KV_BYTES.get(value, 2.0)
+    return 2.0
+
+
+def file_sha256(path: Path, progress: Progress | None = None) -> str:
+    """SHA-256 in hex. Remembered under the cache directory for as long as device, inode, size and mtime stay."""
+    stat = path.stat()
+    key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+    cache = Path(platformdirs.user_cache_path("llamamem", appauthor=False)) / "digests.json"
+    known = _read_digests(cache).get(key)
+    if known is not None:
+        return known
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, stat.st_size)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{cache}.lock", timeout=10):
+            digests = {**_read_digests(cache), key: digest.hexdigest()}
+            temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(digests, indent=1), encoding="utf-8")
+            os.replace(temporary, cache)
+    except (OSError, filelock.Timeout):
+        pass  # a cache that cannot be written costs time, nothing else
+    return digest.hexdigest()
+
+
+def _read_digests(cache: Path) -> dict[str, str]:
+    try:
+        digests = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(digests, dict):
+        return {}
+    return {key: value for key, value in digests.items() if isinstance(value, str) and len(value) == 64}
