@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,10 +89,3 @@ def build_identity(root: Path | None = None) -> str:
     root = root or source_root()
     return f"{read_pin(root).upstream_commit[:9]}+{patch_set_sha256(root)[:12]}"
 
-
-if __name__ == "__main__":
-    try:
-        print(build_identity())
-    except LlamamemError as failure:
-        print(f"llamamem: error: {failure}", file=sys.stderr)
-        sys.exit(failure.exit_status)

@@ -25,10 +25,10 @@ from pathlib import Path
 
 from llamamem.errors import LlamamemError
 from llamamem.native.git import Repository
-from llamamem.native.identity import LOCK, Pin, read_pin, series_names, source_root
+from llamamem.native.identity import EDITED, LOCK, Pin, build_identity, read_pin, series_names, source_root
 from llamamem.native.sdist import cache_dir, fetch_sdist, unpack
 
-__all__ = ["apply", "edits", "fetch", "materialise", "refresh", "tree_path", "verify"]
+__all__ = ["apply", "edits", "fetch", "identity", "materialise", "refresh", "tree_path", "verify"]
 
 BRANCH = "llamamem"
 PRISTINE = "pristine"
@@ -397,16 +397,29 @@ def _has(repo: Repository, tree: str) -> bool:
         return False
 
 
+def identity(root: Path | None = None) -> str:
+    """The identity that a build made now would have: an edited tree is marked as such."""
+    return build_identity(root) + (EDITED if edits(root) else "")
+
+
+def _write_header(path: Path, text: str) -> None:
+    text = f'#define LLAMAMEM_BUILD_ID "{text}"\n'
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:  # an unchanged file compiles nothing again
+        path.write_text(text, encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llamamem.native.vendor")
-    parser.add_argument("verb", choices=["materialise", "fetch", "apply", "verify"])
-    verb = parser.parse_args(argv).verb
+    parser = argparse.ArgumentParser(prog="python -m llamamem.native.vendor", description="What CMake calls.")
+    parser.add_argument("verb", choices=["materialise", "identity"])
+    parser.add_argument("--header", type=Path, help="with identity: write it to this file as a C macro")
+    args = parser.parse_args(argv)
     try:
-        if verb == "verify":
-            problems = verify()
-            print("\n".join(problems) or "verified")
-            return 1 if problems else 0
-        {"materialise": materialise, "fetch": fetch, "apply": apply}[verb]()
+        if args.verb == "materialise":
+            print(materialise())
+        elif args.header:
+            _write_header(args.header, identity())
+        else:
+            print(identity())
     except LlamamemError as error:
         print(f"llamamem: error: {error}", file=sys.stderr)
         return error.exit_status
