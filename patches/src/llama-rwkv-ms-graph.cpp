@@ -1,0 +1,109 @@
+#include "llama-rwkv-ms-graph.h"
+
+#include "llama-graph.h"
+#include "llama-rwkv-ms-memory.h"
+
+//
+// llm_graph_input_rwkv_ms
+//
+
+// the state cell and the mask of each token
+class llm_graph_input_rwkv_ms : public llm_graph_input_i {
+public:
+    llm_graph_input_rwkv_ms(const llama_memory_rwkv_ms * mem) : mem(mem) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        // the op writes the state in place: the scheduler must not have replaced it with a copy on another backend
+        for (const auto & node : nodes) {
+            GGML_ASSERT(node.first->src[1] == node.second);
+        }
+
+        std::vector<int32_t> data(2*ubatch->n_tokens);
+
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            data[2*i + 0] = ubatch->seq_id[i][0];
+            data[2*i + 1] = GGML_RWKV_MS_MASK_LIVE;
+        }
+
+        ggml_backend_tensor_set(ids, data.data(), 0, ggml_nbytes(ids));
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return mem == params.rwkv_ms && ids->ne[1] == params.ubatch.n_tokens;
+    }
+
+    const llama_memory_rwkv_ms * mem;
+
+    ggml_tensor * ids = nullptr; // I32 [2, n_tokens]
+
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> nodes; // the op and its state
+};
+
+//
+// llama_rwkv_ms_graph
+//
+
+ggml_tensor * llama_rwkv_ms_build_core(
+        ggml_context * ctx,
+        const ggml_rwkv_ms_params & params,
+        const llama_rwkv_ms_layer & layer,
+        ggml_tensor * h,
+        ggml_tensor * state,
+        ggml_tensor * ids) {
+    ggml_tensor * x = ggml_mul_mat(ctx, layer.in, h); // [D + G (+ G), n_tokens]
+
+    return ggml_rwkv_ms(ctx, x, layer.core, state, ids, &params); // [D, n_tokens]
+}
+
+llama_rwkv_ms_graph::llama_rwkv_ms_graph(const llm_graph_context & gctx) : gctx(gctx) {
+    if (!gctx.rwkv_ms) {
+        return;
+    }
+
+    auto res = std::make_unique<llm_graph_input_rwkv_ms>(gctx.rwkv_ms);
+
+    res->ids = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_I32, 2, gctx.n_tokens);
+    ggml_set_input(res->ids);
+    ggml_set_name(res->ids, "rwkv_ms_ids");
+
+    inp = static_cast<llm_graph_input_rwkv_ms *>(gctx.res->add_input(std::move(res)));
+}
+
+void llama_rwkv_ms_graph::read(ggml_tensor * h, int il) {
+    layer = inp ? inp->mem->get_weights().get_layer(il) : nullptr;
+    if (!layer) {
+        return;
+    }
+
+    const auto & weights = inp->mem->get_weights();
+
+    ggml_tensor * state = inp->mem->get_state(layer - weights.layers.data());
+
+    core = llama_rwkv_ms_build_core(gctx.ctx0, weights.params, *layer, h, state, inp->ids);
+    gctx.cb(core, "rwkv_ms_core", il);
+
+    inp->nodes.emplace_back(core, state);
+
+    // run the op where its state lies, which is where it is supported: see llama_rwkv_ms_buft_op
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(gctx.sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(gctx.sched, i);
+
+        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(state->buffer)) && ggml_backend_supports_op(backend, core)) {
+            ggml_backend_sched_set_tensor_backend(gctx.sched, core, backend);
+            break;
+        }
+    }
+
+    this->il = il;
+}
+
+ggml_tensor * llama_rwkv_ms_graph::add(ggml_tensor * cur, llama_rwkv_ms_head head) const {
+    if (!layer || !layer->delta[head]) {
+        return cur;
+    }
+
+    ggml_tensor * delta = ggml_mul_mat(gctx.ctx0, layer->delta[head], core); // [width, n_tokens]
+    gctx.cb(delta, "rwkv_ms_delta", il);
+
+    return ggml_add(gctx.ctx0, cur, delta);
+}

@@ -1,0 +1,42 @@
+#pragma once
+
+// The memory in the compute graph of a base model: three kinds of calls in the model's graph builder.
+
+#include "llama-rwkv-ms-impl.h"
+
+struct llm_graph_context;
+
+class llm_graph_input_rwkv_ms;
+
+// the recurrent core on the hidden state h [n_embd, n_tokens]; state and ids as in ggml_rwkv_ms
+// sets *core to the node that has to run where the state lies
+ggml_tensor * llama_rwkv_ms_build_core(
+        ggml_context * ctx,
+        const ggml_rwkv_ms_params & params,
+        const llama_rwkv_ms_layer & layer,
+        ggml_tensor * h,
+        ggml_tensor * state,
+        ggml_tensor * ids);
+
+// Usage, once a graph: construct, then for each layer read() and, for each head, add().
+// Without a memory, and in layers that are not target layers, read() does nothing and add() returns cur.
+class llama_rwkv_ms_graph {
+public:
+    explicit llama_rwkv_ms_graph(const llm_graph_context & gctx);
+
+    // reads and writes the memory with h [n_embd, n_tokens], the output of the layer's input norm
+    void read(ggml_tensor * h, int il);
+
+    // cur [width, n_tokens] + the delta of this head
+    ggml_tensor * add(ggml_tensor * cur, llama_rwkv_ms_head head) const;
+
+private:
+    const llm_graph_context & gctx;
+
+    llm_graph_input_rwkv_ms * inp = nullptr;
+
+    // of the current layer, nullptr if it is not a target layer
+    const llama_rwkv_ms_layer * layer = nullptr;
+    ggml_tensor               * core  = nullptr; // [D, n_tokens]
+    int                         il    = -1;
+};

@@ -1,0 +1,106 @@
+#pragma once
+
+// A KV cache with an RWKV-MS state beside it: one fixed state cell per sequence.
+//
+// The state is valid at one position only, the end of its sequence. What cannot be done with such a state is refused
+// and changes nothing; what removes old text keeps the memory of it, which is what a memory is for.
+
+#include "llama-kv-cache-iswa.h"
+#include "llama-rwkv-ms-impl.h"
+
+#include <vector>
+
+class llama_memory_rwkv_ms : public llama_kv_cache_iswa {
+public:
+    // the arguments after weights go to llama_kv_cache_iswa
+    llama_memory_rwkv_ms(
+            const llama_model   & model,
+            const llama_rwkv_ms & weights,
+                    ggml_type     type_k,
+                    ggml_type     type_v,
+                         bool     v_trans,
+                         bool     offload,
+                         bool     swa_full,
+                         bool     unified,
+                     uint32_t     kv_size,
+                     uint32_t     n_seq_max,
+                     uint32_t     n_ubatch,
+                     uint32_t     n_pad,
+        const layer_filter_cb   & filter,
+        const  layer_reuse_cb   & reuse);
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_memory_rwkv_ms specific API
+    //
+
+    const llama_rwkv_ms & get_weights() const { return weights; }
+
+    uint32_t get_n_cells() const { return n_cells; }
+
+    // the state of a target layer by its index in the sidecar, [n_cell, n_cells]
+    ggml_tensor * get_state(uint32_t i) const { return states[i]; }
+
+    // one cell of all target layers [n_layer, n_cell], with the pending operations applied; no computation may be running
+    std::vector<float> get_cell(uint32_t cell) const;
+    void               set_cell(uint32_t cell, const std::vector<float> & data);
+
+    // "" if the values can be a state, else what is wrong with them
+    std::string check_cell(const float * data) const;
+
+    // applies the pending operations; no computation may be running
+    void flush();
+
+private:
+    const llama_model   & model;
+    const llama_rwkv_ms & weights;
+
+    const uint32_t n_cells;
+    const int64_t  n_cell; // elements of a cell
+
+    std::vector<ggml_tensor *> states;
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    // seq_* may be called while a device still computes with the state, so cells change when the next batch is prepared
+    struct pending_op {
+        int32_t src; // -1: zero
+        int32_t dst;
+    };
+
+    std::vector<pending_op> pending;
+
+    void zero(llama_seq_id seq_id);
+
+    // what removing [p0, p1) of a sequence means for its state
+    enum rm_type {
+        RM_KEEP,   // the end stays: so does the state
+        RM_FULL,   // nothing stays
+        RM_REFUSE, // an older state would be needed
+    };
+
+    rm_type get_rm_type(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+};

@@ -1,0 +1,141 @@
+#pragma once
+
+// RWKV-MS: an online recurrent memory beside the self-attention of an unchanged base model.
+// The weights come from a sidecar GGUF, the state is kept per sequence by the context's memory module.
+// Everything here is additive: no field of a public llama.cpp struct changes.
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// what a context with memory may be, checked when it is created
+enum llama_rwkv_ms_mode {
+    LLAMA_RWKV_MS_MODE_SERIAL  = 0, // n_seq_max == 1 and n_ubatch == 1
+    LLAMA_RWKV_MS_MODE_FUSED   = 1, // n_seq_max == 1
+    LLAMA_RWKV_MS_MODE_BATCHED = 2, // no limit
+};
+
+// -1 if the name is not one of serial, fused, batched
+LLAMA_API int32_t      llama_rwkv_ms_mode_from_name(const char * name);
+LLAMA_API const char * llama_rwkv_ms_mode_name     (enum llama_rwkv_ms_mode mode);
+
+// identity of this build: <upstream commit>+<hash of the patch set>
+LLAMA_API const char * llama_rwkv_ms_build_id(void);
+
+// Errors: functions that can fail take a buffer for one line of text (always NUL-terminated, cut to n_err) that names
+// the file, key or tensor at fault. err may be NULL.
+
+// A parsed and validated sidecar. Unless path_base is NULL, hashing of the base GGUF starts in the background, so that
+// it overlaps with loading the weights. NULL on failure.
+struct llama_rwkv_ms_sidecar;
+
+LLAMA_API struct llama_rwkv_ms_sidecar * llama_rwkv_ms_sidecar_init(
+        const char * path_sidecar,
+        const char * path_base,
+        char * err, size_t n_err);
+
+LLAMA_API void llama_rwkv_ms_sidecar_free(struct llama_rwkv_ms_sidecar * sidecar);
+
+// Gives the model a memory. To be called once, after the model is loaded and before its first context.
+// Waits for the base's hash and refuses a base other than the bound one (not checked if path_base was NULL: for estimates).
+// On success the model keeps what it needs; the caller still frees the sidecar.
+LLAMA_API bool llama_model_set_rwkv_ms(
+        struct llama_model * model,
+        const struct llama_rwkv_ms_sidecar * sidecar,
+        enum llama_rwkv_ms_mode mode,
+        char * err, size_t n_err);
+
+// the three calls above in one
+LLAMA_API bool llama_model_load_rwkv_ms(
+        struct llama_model * model,
+        const char * path_sidecar,
+        const char * path_base,
+        enum llama_rwkv_ms_mode mode,
+        char * err, size_t n_err);
+
+struct llama_rwkv_ms_info {
+    char sidecar_sha256[65]; // of the sidecar file
+    char base_sha256   [65]; // of the base GGUF that the sidecar is bound to
+    char fingerprint   [65]; // SHA-256 over both: what a state belongs to
+
+    uint32_t n_layer;        // target layers
+    uint32_t rank;           // R
+    uint32_t n_head;         // N, state heads
+    uint32_t n_state;        // M, states per head
+    uint32_t n_chunk;        // C, tokens
+    uint32_t semantics;      // 1 or 2
+    float    alpha;
+
+    enum llama_rwkv_ms_mode mode;
+};
+
+// false if the model has no memory
+LLAMA_API bool llama_model_rwkv_ms_info(const struct llama_model * model, struct llama_rwkv_ms_info * info);
+
+// the base layer of target layer i, -1 if there is none
+LLAMA_API int32_t llama_model_rwkv_ms_layer(const struct llama_model * model, uint32_t i);
+
+// The state of a sequence at target layer i. S: [N, M, R, R], prev: [N*R], both may be NULL.
+// Returns the number of tokens written, -1 if there is no such sequence, layer or memory. Synchronizes the context.
+LLAMA_API int64_t llama_rwkv_ms_get_state(
+        struct llama_context * ctx,
+        llama_seq_id seq_id,
+        uint32_t i,
+        float * S,
+        float * prev);
+
+// Replaces it. Non-finite values and negative counts are refused with nothing changed.
+LLAMA_API bool llama_rwkv_ms_set_state(
+        struct llama_context * ctx,
+        llama_seq_id seq_id,
+        uint32_t i,
+        const float * S,
+        const float * prev,
+        int64_t n_tokens);
+
+// Runs one target layer on the CPU over host arrays, with the graph that the model runs: for tests and fixtures.
+// Tensors are given by their sidecar short names ("mem_v", "rwkv.x_r", "delta_q", ...) in torch layout, F32.
+// If features != NULL, the weights and h are not used: the scan runs on the given per-token features
+// [n_tokens, 9*D] = r decay k v a b keep erase write, and only read and route are filled.
+struct llama_rwkv_ms_eval_params {
+    uint32_t n_embd;
+    uint32_t rank;
+    uint32_t n_head;
+    uint32_t n_state;
+    uint32_t n_chunk;
+    uint32_t semantics;
+    float    alpha;
+    float    erase_gate;
+    int32_t  update_mode;    // 0 standard, 1 lambda_outside, 2 no_lambda
+    bool     couple_lambda;
+
+    uint32_t             n_tensors;
+    const char  * const * names;
+    const float * const * data;
+    const int64_t       * ne;       // [n_tensors, 2] torch shape, second is 1 for vectors
+
+    uint32_t        n_tokens;
+    const float   * h;        // [n_tokens, n_embd]
+    const float   * features; // [n_tokens, 9*D] or NULL
+    const int32_t * mask;     // [n_tokens] or NULL; 0 live, 1 frozen (reads, nothing written), 2 padding (reads zero)
+
+    // in and out
+    float   * S;        // [N, M, R, R]
+    float   * prev;     // [D]
+    int64_t * n_past;   // tokens written
+
+    // out, NULL where not wanted
+    float * trace;      // [n_tokens, 13*D + N*M]: s beta lam r w decay k v a b g read out, then route
+    float * delta[4];   // q k v o: [n_tokens, width]
+};
+
+LLAMA_API bool llama_rwkv_ms_eval(const struct llama_rwkv_ms_eval_params * params, char * err, size_t n_err);
+
+#ifdef __cplusplus
+}
+#endif

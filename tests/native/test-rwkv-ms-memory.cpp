@@ -1,0 +1,573 @@
+// The memory of several sequences against each alone, and every operation on sequences.
+//
+// usage: test-rwkv-ms-memory BASE.gguf SIDECAR.gguf
+
+#include "llama-rwkv-ms.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+static int n_fail = 0;
+
+#define CHECK(x)                                                          \
+    do {                                                                  \
+        if (!(x)) {                                                       \
+            printf("  FAIL %s:%d: %s\n", __FILE__, __LINE__, #x);         \
+            ++n_fail;                                                     \
+        }                                                                 \
+    } while (0)
+
+struct model_deleter { void operator()(llama_model   * m) { llama_model_free(m); } };
+struct ctx_deleter   { void operator()(llama_context * c) { llama_free(c);       } };
+
+using model_ptr = std::unique_ptr<llama_model,   model_deleter>;
+using ctx_ptr   = std::unique_ptr<llama_context, ctx_deleter>;
+
+static std::string last_error; // what llama.cpp logged as an error
+
+static void log_keep_errors(ggml_log_level level, const char * text, void *) {
+    if (level == GGML_LOG_LEVEL_ERROR) {
+        last_error = text;
+    }
+}
+
+static model_ptr model_load(const char * path, const char * path_sidecar) {
+    llama_model_params params = llama_model_default_params();
+    params.n_gpu_layers = 0;
+
+    model_ptr model { llama_model_load_from_file(path, params) };
+    if (!model) {
+        printf("failed to load %s\n", path);
+        exit(1);
+    }
+    if (path_sidecar) {
+        char err[512];
+        if (!llama_model_load_rwkv_ms(model.get(), path_sidecar, path, LLAMA_RWKV_MS_MODE_BATCHED, err, sizeof(err))) {
+            printf("%s\n", err);
+            exit(1);
+        }
+    }
+    return model;
+}
+
+static ctx_ptr ctx_init(llama_model * model, uint32_t n_seq, bool unified, uint32_t n_ubatch = 512, bool swa_full = false) {
+    llama_context_params params = llama_context_default_params();
+
+    params.n_ctx           = unified ? 1024 : 1024*n_seq;
+    params.n_batch         = 1024;
+    params.n_ubatch        = n_ubatch;
+    params.n_seq_max       = n_seq;
+    params.n_threads       = 1;
+    params.n_threads_batch = 1;
+    params.type_k          = GGML_TYPE_F32;
+    params.type_v          = GGML_TYPE_F32;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    params.kv_unified      = unified;
+    params.swa_full        = swa_full;
+
+    return ctx_ptr { llama_init_from_model(model, params) };
+}
+
+struct token_at {
+    llama_token  id;
+    llama_pos    pos;
+    llama_seq_id seq;
+};
+
+static int decode(llama_context * ctx, const std::vector<token_at> & tokens, std::vector<std::vector<float>> * logits = nullptr) {
+    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
+
+    llama_batch batch = llama_batch_init(tokens.size(), 0, 1);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        batch.token   [i]    = tokens[i].id;
+        batch.pos     [i]    = tokens[i].pos;
+        batch.n_seq_id[i]    = 1;
+        batch.seq_id  [i][0] = tokens[i].seq;
+        batch.logits  [i]    = true;
+    }
+    batch.n_tokens = tokens.size();
+
+    const int res = llama_decode(ctx, batch);
+    if (res == 0 && logits) {
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            const float * row = llama_get_logits_ith(ctx, i);
+            logits->emplace_back(row, row + n_vocab);
+        }
+    }
+    llama_batch_free(batch);
+    return res;
+}
+
+static std::vector<token_at> text(llama_seq_id seq, int n, uint32_t seed, llama_pos pos0 = 0) {
+    std::vector<token_at> res;
+    for (int i = 0; i < n; ++i) {
+        seed = seed*1664525u + 1013904223u;
+        res.push_back({ (llama_token) (10 + (seed >> 8) % 400), pos0 + i, seq });
+    }
+    return res;
+}
+
+// all states of a sequence: matrices and previous sources of each layer, then the counters; empty if there is a NaN
+static std::vector<float> state(llama_context * ctx, llama_seq_id seq) {
+    llama_rwkv_ms_info info;
+    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
+        return {};
+    }
+    const size_t n_S = info.n_head*info.n_state*info.rank*info.rank;
+    const size_t n_p = info.n_head*info.rank;
+
+    std::vector<float> res;
+    for (uint32_t i = 0; i < info.n_layer; ++i) {
+        std::vector<float> S(n_S, NAN), prev(n_p, NAN);
+        const int64_t n = llama_rwkv_ms_get_state(ctx, seq, i, S.data(), prev.data());
+        res.insert(res.end(), S.begin(), S.end());
+        res.insert(res.end(), prev.begin(), prev.end());
+        res.push_back((float) n);
+    }
+    return std::any_of(res.begin(), res.end(), [](float x) { return !std::isfinite(x); }) ? std::vector<float>() : res;
+}
+
+// NaN counts as infinitely far
+static double max_diff(const std::vector<float> & a, const std::vector<float> & b) {
+    if (a.empty() || a.size() != b.size()) {
+        return INFINITY;
+    }
+    double res = 0.0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        const double d = std::fabs((double) a[i] - b[i]);
+        if (!(d <= res)) {
+            res = std::isnan(d) ? INFINITY : d;
+        }
+    }
+    return res;
+}
+
+static double max_diff(const std::vector<std::vector<float>> & a, const std::vector<std::vector<float>> & b) {
+    double res = a.size() == b.size() && !a.empty() ? 0.0 : INFINITY;
+    for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+        res = std::max(res, max_diff(a[i], b[i]));
+    }
+    return res;
+}
+
+static bool is_zero(const std::vector<float> & x) {
+    return !x.empty() && std::all_of(x.begin(), x.end(), [](float v) { return v == 0.0f; });
+}
+
+// finite garbage in every cell: what is not cleared shows
+static void fill_garbage(llama_context * ctx, uint32_t n_seq) {
+    llama_rwkv_ms_info info;
+    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
+        return;
+    }
+    std::vector<float> S(info.n_head*info.n_state*info.rank*info.rank, 123.0f), prev(info.n_head*info.rank, -7.0f);
+    for (uint32_t s = 0; s < n_seq; ++s) {
+        for (uint32_t i = 0; i < info.n_layer; ++i) {
+            CHECK(llama_rwkv_ms_set_state(ctx, s, i, S.data(), prev.data(), 5));
+        }
+    }
+    llama_memory_clear(llama_get_memory(ctx), true);
+}
+
+struct run {
+    std::vector<std::vector<float>> logits;
+    std::vector<float>              state;
+};
+
+static run run_alone(llama_model * model, const std::vector<token_at> & tokens, bool unified) {
+    ctx_ptr ctx = ctx_init(model, 1, unified);
+    fill_garbage(ctx.get(), 1);
+
+    run res;
+    auto mine = tokens;
+    for (auto & t : mine) {
+        t.seq = 0;
+    }
+    CHECK(decode(ctx.get(), mine, &res.logits) == 0);
+    res.state = state(ctx.get(), 0);
+    return res;
+}
+
+// the largest difference between n_seq interleaved sequences in one context and each alone
+static void interleaved_diff(llama_model * model, int n_seq, bool unified, uint32_t n_ubatch, double & d_logits, double & d_state) {
+    std::vector<std::vector<token_at>> texts;
+    for (int s = 0; s < n_seq; ++s) {
+        texts.push_back(text(s, 40 + 7*s, 1000 + s));
+    }
+
+    ctx_ptr ctx = ctx_init(model, n_seq, unified, n_ubatch);
+    fill_garbage(ctx.get(), n_seq);
+
+    std::vector<std::vector<std::vector<float>>> logits(n_seq);
+
+    // uneven pieces of all sequences in each batch
+    for (int i0 = 0; i0 < 120; i0 += 11) {
+        std::vector<token_at> batch;
+        for (int i = i0; i < i0 + 11; ++i) {
+            for (int s = 0; s < n_seq; ++s) {
+                if (i < (int) texts[s].size()) {
+                    batch.push_back(texts[s][i]);
+                }
+            }
+        }
+        if (batch.empty()) {
+            continue;
+        }
+        std::vector<std::vector<float>> rows;
+        CHECK(decode(ctx.get(), batch, &rows) == 0);
+        for (size_t i = 0; i < rows.size(); ++i) {
+            logits[batch[i].seq].push_back(rows[i]);
+        }
+    }
+
+    d_logits = 0.0;
+    d_state  = 0.0;
+    for (int s = 0; s < n_seq; ++s) {
+        const run alone = run_alone(model, texts[s], unified);
+
+        d_logits = std::max(d_logits, max_diff(logits[s], alone.logits));
+        if (!alone.state.empty()) {
+            d_state = std::max(d_state, max_diff(state(ctx.get(), s), alone.state));
+        }
+    }
+}
+
+static void test_interleaved(llama_model * base, llama_model * model) {
+    for (bool unified : { false, true }) {
+        for (int n_seq : { 2, 4, 8 }) {
+            for (uint32_t n_ubatch : { 512, 32, 5 }) {
+                double db, dm, ds, unused;
+                interleaved_diff(base,  n_seq, unified, n_ubatch, db, unused);
+                interleaved_diff(model, n_seq, unified, n_ubatch, dm, ds);
+
+                printf("  %d sequences, %-11s ub %3u: base %.1e, memory %.1e, states %.1e\n",
+                        n_seq, unified ? "unified," : "separate,", n_ubatch, db, dm, ds);
+
+                // as well as stock does on the same model; the floor covers another order of the same sums
+                CHECK(dm <= 4.0*db + 5e-3);
+                CHECK(ds <= 5e-3);
+            }
+        }
+    }
+}
+
+static void test_restart(llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 2, false);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    const auto a = text(0, 60, 1);
+    run first, second;
+
+    CHECK(decode(ctx.get(), a, &first.logits) == 0);
+    first.state = state(ctx.get(), 0);
+    CHECK(!is_zero(first.state));
+    CHECK(is_zero(state(ctx.get(), 1)));
+
+    CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
+    CHECK(is_zero(state(ctx.get(), 0)));
+
+    CHECK(decode(ctx.get(), a, &second.logits) == 0);
+    CHECK(max_diff(first.logits, second.logits) == 0.0);
+    CHECK(max_diff(first.state, state(ctx.get(), 0)) == 0.0);
+
+    // the metadata alone is enough to start anew
+    llama_memory_clear(mem, false);
+    CHECK(is_zero(state(ctx.get(), 0)));
+}
+
+static void test_copy(llama_model * model, bool unified) {
+    ctx_ptr ctx = ctx_init(model, 3, unified);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), text(0, 50, 1)) == 0);
+    llama_memory_seq_cp(mem, 0, 1, -1, -1);
+    CHECK(max_diff(state(ctx.get(), 0), state(ctx.get(), 1)) == 0.0); // before the copy was carried out
+
+    run r0, r1;
+    CHECK(decode(ctx.get(), text(0, 20, 2, 50), &r0.logits) == 0);
+    CHECK(decode(ctx.get(), text(1, 20, 3, 50), &r1.logits) == 0);
+    CHECK(max_diff(state(ctx.get(), 0), state(ctx.get(), 1)) > 1e-3);
+
+    // each as if it had been alone
+    for (int s : { 0, 1 }) {
+        auto all = text(0, 50, 1);
+        for (const auto & t : text(0, 20, 2 + s, 50)) {
+            all.push_back(t);
+        }
+        const run alone = run_alone(model, all, unified);
+        CHECK(max_diff(alone.state, state(ctx.get(), s)) < 5e-3);
+        CHECK(max_diff(alone.logits.back(), (s == 0 ? r0 : r1).logits.back()) < 2e-2);
+    }
+
+    if (unified) {
+        // without the end of the source there is no state to copy
+        last_error.clear();
+        llama_memory_seq_cp(mem, 0, 2, 0, 30);
+        CHECK(is_zero(state(ctx.get(), 2)));
+        CHECK(last_error.find("empty memory") != std::string::npos);
+    }
+}
+
+static void test_keep(llama_model * model, bool unified) {
+    ctx_ptr ctx = ctx_init(model, 3, unified);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    for (int s = 0; s < 3; ++s) {
+        CHECK(decode(ctx.get(), text(s, 30, s + 1)) == 0);
+    }
+    const auto kept = state(ctx.get(), 1);
+
+    llama_memory_seq_keep(mem, 1);
+
+    CHECK(is_zero(state(ctx.get(), 0)) && is_zero(state(ctx.get(), 2)));
+    CHECK(max_diff(kept, state(ctx.get(), 1)) == 0.0);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == -1 && llama_memory_seq_pos_max(mem, 2) == -1);
+    CHECK(llama_memory_seq_pos_max(mem, 1) == 29);
+}
+
+// also of the base: the streams of the other sequences were left alone
+static void test_keep_base(llama_model * base) {
+    ctx_ptr ctx = ctx_init(base, 3, false);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    for (int s = 0; s < 3; ++s) {
+        CHECK(decode(ctx.get(), text(s, 30, s + 1)) == 0);
+    }
+    llama_memory_seq_keep(mem, 1);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == -1 && llama_memory_seq_pos_max(mem, 1) == 29 && llama_memory_seq_pos_max(mem, 2) == -1);
+}
+
+static void test_remove(llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 2, false, 512, /* swa_full */ true);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), text(0, 100, 1)) == 0);
+    const auto before = state(ctx.get(), 0);
+
+    // the end cannot be taken back, and nothing changes
+    for (llama_pos p0 : { 1, 50, 99 }) {
+        CHECK(!llama_memory_seq_rm(mem, 0, p0, -1));
+        CHECK(!llama_memory_seq_rm(mem, 0, p0, 100));
+        CHECK(!llama_memory_seq_rm(mem, -1, p0, -1));
+    }
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 99);
+    CHECK(llama_memory_seq_pos_min(mem, 0) == 99); // nothing earlier to return to
+    CHECK(max_diff(before, state(ctx.get(), 0)) == 0.0);
+
+    CHECK(llama_memory_seq_rm(mem, 0, 100, -1)); // nothing there
+
+    // context shift: old text goes, the memory of it stays
+    CHECK(llama_memory_can_shift(mem));
+    CHECK(llama_memory_seq_rm(mem, 0, 10, 60));
+    llama_memory_seq_add(mem, 0, 60, -1, -50);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 49);
+    CHECK(max_diff(before, state(ctx.get(), 0)) == 0.0);
+
+    CHECK(decode(ctx.get(), text(0, 5, 9, 50)) == 0);
+    const auto after = state(ctx.get(), 0);
+    CHECK(!after.empty() && max_diff(before, after) > 0.0);
+    CHECK(after.back() == before.back() + 5); // the counter is not the position
+
+    // all of it by its positions
+    CHECK(llama_memory_seq_rm(mem, 0, 0, 55));
+    CHECK(is_zero(state(ctx.get(), 0)));
+}
+
+static void test_refused_batches(llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 2, true);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), text(0, 20, 1)) == 0);
+    const auto before = state(ctx.get(), 0);
+
+    {
+        llama_batch batch = llama_batch_init(2, 0, 2);
+        for (int i = 0; i < 2; ++i) {
+            batch.token   [i] = 20 + i;
+            batch.pos     [i] = 20 + i;
+            batch.logits  [i] = true;
+        }
+        batch.n_tokens     = 2;
+        batch.n_seq_id[0]  = 1;
+        batch.seq_id[0][0] = 0;
+        batch.n_seq_id[1]  = 2;
+        batch.seq_id[1][0] = 0;
+        batch.seq_id[1][1] = 1;
+
+        CHECK(llama_decode(ctx.get(), batch) != 0);
+        llama_batch_free(batch);
+    }
+
+    CHECK(decode(ctx.get(), text(3, 4, 1)) != 0); // no such sequence
+
+    CHECK(max_diff(before, state(ctx.get(), 0)) == 0.0);
+    CHECK(is_zero(state(ctx.get(), 1)));
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 19 && llama_memory_seq_pos_max(mem, 1) == -1);
+    CHECK(decode(ctx.get(), text(0, 3, 2, 20)) == 0);
+}
+
+static bool abort_now(void * data) {
+    int & n = *(int *) data;
+    return n > 0 && --n == 0;
+}
+
+// an aborted ubatch leaves the state in its middle: the sequence has to go
+static void test_abort(llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 2, false, 16);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), text(0, 20, 1)) == 0);
+    CHECK(decode(ctx.get(), text(1, 20, 1)) == 0);
+    const auto other = state(ctx.get(), 1);
+
+    int n = 120; // in the second layer or later
+    llama_set_abort_callback(ctx.get(), abort_now, &n);
+    CHECK(decode(ctx.get(), text(0, 16, 2, 20)) == 2);
+    llama_set_abort_callback(ctx.get(), nullptr, nullptr);
+
+    CHECK(llama_memory_seq_pos_max(mem, 0) == -1);
+    CHECK(is_zero(state(ctx.get(), 0)));
+    CHECK(max_diff(other, state(ctx.get(), 1)) == 0.0);
+}
+
+// a batch of several ubatches on a unified cache whose window has passed
+static void test_prepare(llama_model * model) {
+    auto logits = [&](uint32_t n_batch) {
+        ctx_ptr ctx = ctx_init(model, 4, true, 16);
+        std::vector<std::vector<float>> res;
+        const auto all = text(0, 900, 4);
+        for (size_t i = 0; i < all.size(); i += n_batch) {
+            CHECK(decode(ctx.get(), { all.begin() + i, all.begin() + std::min(i + n_batch, all.size()) }, &res) == 0);
+        }
+        return res;
+    };
+    const double d = max_diff(logits(16), logits(450));
+    printf("  900 tokens in batches of one ubatch and of many: %.1e\n", d);
+    CHECK(d < 1e-4);
+}
+
+static void test_save_load(llama_model * base, llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 2, false);
+    CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
+    CHECK(decode(ctx.get(), text(1, 40, 2)) == 0);
+
+    std::vector<uint8_t> seq(llama_state_seq_get_size(ctx.get(), 0));
+    CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 0) == seq.size());
+    std::vector<uint8_t> all(llama_state_get_size(ctx.get()));
+    CHECK(llama_state_get_data(ctx.get(), all.data(), all.size()) == all.size());
+
+    const std::vector<float> state0 = state(ctx.get(), 0), state1 = state(ctx.get(), 1);
+
+    std::vector<std::vector<float>> want;
+    CHECK(decode(ctx.get(), text(0, 10, 3, 70), &want) == 0);
+
+    // one sequence, into the other place
+    {
+        ctx_ptr ctx2 = ctx_init(model, 2, false);
+        fill_garbage(ctx2.get(), 2);
+        CHECK(llama_state_seq_set_data(ctx2.get(), seq.data(), seq.size(), 1) == seq.size());
+        CHECK(max_diff(state0, state(ctx2.get(), 1)) == 0.0);
+        CHECK(is_zero(state(ctx2.get(), 0)));
+
+        std::vector<std::vector<float>> got;
+        CHECK(decode(ctx2.get(), text(1, 10, 3, 70), &got) == 0);
+        CHECK(max_diff(want, got) == 0.0);
+    }
+    // the whole context
+    {
+        ctx_ptr ctx2 = ctx_init(model, 2, false);
+        CHECK(llama_state_set_data(ctx2.get(), all.data(), all.size()) == all.size());
+        CHECK(max_diff(state0, state(ctx2.get(), 0)) == 0.0);
+        CHECK(max_diff(state1, state(ctx2.get(), 1)) == 0.0);
+
+        std::vector<std::vector<float>> got;
+        CHECK(decode(ctx2.get(), text(0, 10, 3, 70), &got) == 0);
+        CHECK(max_diff(want, got) == 0.0);
+    }
+    // one that a base has saved, one with a NaN, one that ends early
+    {
+        ctx_ptr ctx_base = ctx_init(base, 2, false);
+        CHECK(decode(ctx_base.get(), text(0, 70, 1)) == 0);
+        std::vector<uint8_t> of_base(llama_state_seq_get_size(ctx_base.get(), 0));
+        CHECK(llama_state_seq_get_data(ctx_base.get(), of_base.data(), of_base.size(), 0) == of_base.size());
+
+        const std::vector<float> before = state(ctx.get(), 1);
+
+        last_error.clear();
+        CHECK(llama_state_seq_set_data(ctx.get(), of_base.data(), of_base.size(), 1) == 0);
+        CHECK(last_error.find("no memory in it") != std::string::npos);
+        CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
+
+        auto bad = seq;
+        const float nan = NAN;
+        std::copy((const uint8_t *) &nan, (const uint8_t *) &nan + sizeof(nan), bad.begin() + 200);
+        CHECK(llama_state_seq_set_data(ctx.get(), bad.data(), bad.size(), 1) == 0);
+        CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
+
+        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size()/2, 1) == 0);
+        CHECK(is_zero(state(ctx.get(), 1)) && llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 1) == -1);
+    }
+}
+
+static void test_modes(const char * path, const char * path_sidecar) {
+    for (auto mode : { LLAMA_RWKV_MS_MODE_SERIAL, LLAMA_RWKV_MS_MODE_FUSED, LLAMA_RWKV_MS_MODE_BATCHED }) {
+        model_ptr model = model_load(path, nullptr);
+        char err[512];
+        CHECK(llama_model_load_rwkv_ms(model.get(), path_sidecar, path, mode, err, sizeof(err)));
+
+        CHECK(!llama_model_load_rwkv_ms(model.get(), path_sidecar, path, mode, err, sizeof(err))); // a second one
+
+        CHECK((bool) ctx_init(model.get(), 1, true, 1));
+        last_error.clear();
+        CHECK((bool) ctx_init(model.get(), 1, true, 2) == (mode != LLAMA_RWKV_MS_MODE_SERIAL));
+        CHECK((bool) ctx_init(model.get(), 2, true, 1) == (mode == LLAMA_RWKV_MS_MODE_BATCHED));
+        CHECK((mode == LLAMA_RWKV_MS_MODE_BATCHED) == (last_error.find("--rwkv-ms-mode") == std::string::npos));
+    }
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 3) {
+        printf("usage: %s BASE.gguf SIDECAR.gguf\n", argv[0]);
+        return 1;
+    }
+
+    llama_log_set(log_keep_errors, nullptr);
+    llama_backend_init();
+
+    {
+        model_ptr base  = model_load(argv[1], nullptr);
+        model_ptr model = model_load(argv[1], argv[2]);
+
+        const std::pair<const char *, std::function<void()>> tests[] = {
+            { "several sequences",         [&] { test_interleaved(base.get(), model.get());                 } },
+            { "restart",                   [&] { test_restart(model.get());                                 } },
+            { "copy then diverge",         [&] { test_copy(model.get(), false); test_copy(model.get(), true); } },
+            { "keep",                      [&] { test_keep(model.get(), false); test_keep(model.get(), true); } },
+            { "keep, base",                [&] { test_keep_base(base.get());                                } },
+            { "remove and context shift",  [&] { test_remove(model.get());                                  } },
+            { "refused batches",           [&] { test_refused_batches(model.get());                         } },
+            { "aborted ubatch",            [&] { test_abort(model.get());                                   } },
+            { "prepare, base",             [&] { test_prepare(base.get());                                  } },
+            { "prepare",                   [&] { test_prepare(model.get());                                 } },
+            { "save and load",             [&] { test_save_load(base.get(), model.get());                   } },
+            { "modes",                     [&] { test_modes(argv[1], argv[2]);                              } },
+        };
+
+        for (const auto & [name, fn] : tests) {
+            const int n_fail_before = n_fail;
+            printf("%s\n", name);
+            fn();
+            printf("%s: %s\n", name, n_fail == n_fail_before ? "ok" : "FAILED");
+        }
+    }
+
+    llama_backend_free();
+    printf("%d failed\n", n_fail);
+    return n_fail == 0 ? 0 : 1;
+}
