@@ -26,11 +26,16 @@ CONTRAST_STEP = 8  # and this many of them at a turn
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every repeat, pair by pair, for `n_tokens` tokens each."""
+    """Seconds of every repeat, pair by pair, for `n_tokens` tokens each: by the clock, and of CPU time.
+
+    CPU time leaves out what other processes took; with several threads it counts their waiting for each other too.
+    """
 
     n_tokens: int
     base: list[float] = field(default_factory=list)
     sidecar: list[float] = field(default_factory=list)
+    base_cpu: list[float] = field(default_factory=list)
+    sidecar_cpu: list[float] = field(default_factory=list)
 
     @property
     def ratio_median(self) -> float:
@@ -41,6 +46,11 @@ class Timing:
     def ratio_min(self) -> float:
         """Fastest sidecar over fastest base."""
         return min(self.sidecar) / min(self.base)
+
+    @property
+    def ratio_cpu(self) -> float:
+        """Ratio of the medians of CPU time."""
+        return statistics.median(self.sidecar_cpu) / statistics.median(self.base_cpu)
 
     @property
     def ratio_pairs(self) -> list[float]:
@@ -59,6 +69,7 @@ class Timing:
             "sidecar_tokens_per_s": self.rate("sidecar"),
             "ratio_median": self.ratio_median,
             "ratio_min": self.ratio_min,
+            "ratio_cpu": self.ratio_cpu,
             "ratio_pairs": self.ratio_pairs,
         }
 
@@ -126,21 +137,25 @@ def run_bench(
             for context in (*pair, *pair_ub1):
                 context.clear()
             if i >= 0:
-                for name, (base_s, sidecar_s) in seconds.items():
-                    timings[name].base.append(base_s)
-                    timings[name].sidecar.append(sidecar_s)
+                for name, (wall, cpu) in seconds.items():
+                    timing = timings[name]
+                    for store, value in zip(
+                        (timing.base, timing.sidecar, timing.base_cpu, timing.sidecar_cpu), (*wall, *cpu), strict=True
+                    ):
+                        store.append(value)
     return Bench(**timings)
 
 
 def _by_turns(
     pair: list[Context], run: Callable[..., Any], ids: np.ndarray, pos: int, step: int, first: int
-) -> tuple[float, float]:
-    """Both contexts run `ids` from `pos` in steps, by turns; the seconds of each."""
-    seconds = [0.0, 0.0]
+) -> tuple[list[float], list[float]]:
+    """Both contexts run `ids` from `pos` in steps, by turns; the seconds of each, by the clock and of CPU time."""
+    wall, cpu = [0.0, 0.0], [0.0, 0.0]
     for turn, i in enumerate(range(0, len(ids), step)):
         part = ids[i : i + step]
         for which in (0, 1) if (turn + first) % 2 == 0 else (1, 0):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run(pair[which], part, pos + i)
-            seconds[which] += time.perf_counter() - start
-    return seconds[0], seconds[1]
+            wall[which] += time.perf_counter() - start
+            cpu[which] += time.process_time() - cpu_start
+    return wall, cpu
