@@ -21,9 +21,9 @@ import platformdirs
 import psutil
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.gguf_file import read_gguf_index
 from llamamem.formats.sidecar import read_sidecar
-from llamamem.serving.gguf_header import read_gguf_header
-from llamamem.serving.profiles import PROFILES, Plan, owner_of
+from llamamem.serving.profiles import PROFILES, Plan, owner_of, owner_of_variable
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -56,7 +56,7 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     `on_cpu` False turns a refusal for lack of main memory into a warning: weights may lie on a GPU.
     """
     check_binary(plan.bin_dir)
-    header = read_gguf_header(plan.model, "base")
+    header = {key: field.value for key, field in read_gguf_index(plan.model).fields.items()}
     if header.get("split.count", 0) > 1 and plan.sidecar is not None:
         raise LlamamemError(
             f"base {plan.model}: is split into {header['split.count']} files, which a sidecar cannot be bound to;"
@@ -64,7 +64,6 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
         )
     sidecar = None
     if plan.sidecar is not None:
-        read_gguf_header(plan.sidecar, "sidecar")
         sidecar = read_sidecar(plan.sidecar)
     check_config_files(plan)
     check_slot_dir(plan.slot_dir)
@@ -100,6 +99,7 @@ def check_config_files(plan: Plan) -> None:
         keys = {line.partition("=")[0].strip() for line in lines if "=" in line and line.lstrip()[:1] not in "#;["}
         owned = PROFILES[plan.profile].owned
         faults = [key for key in sorted(keys) if any(owner_of(dash + key, owned) for dash in ("-", "--"))]
+        faults += [key for key in sorted(keys) if owner_of_variable(key, owned)]
         if faults:
             raise LlamamemError(
                 f"{path}: sets {', '.join(faults)}, owned by profile {plan.profile}; take the lines out, or choose a"

@@ -254,9 +254,8 @@ def refuse_owned(profile: Profile, extra: Sequence[str], environ: Mapping[str, s
         if (key := owner_of(arg, profile.owned)) is not None:
             faults.append(f"{arg} ({_remedy(key)})")
     for name in sorted(environ):
-        for key in profile.owned:
-            if _matches(name, OPTIONS[key].env):
-                faults.append(f"{name} in the environment ({_remedy(key)})")
+        if (key := owner_of_variable(name, profile.owned)) is not None:
+            faults.append(f"{name} in the environment ({_remedy(key)})")
     if faults:
         raise LlamamemError(f"profile {profile.name} owns these options, take them out: " + "; ".join(faults))
 
@@ -267,6 +266,11 @@ def owner_of(arg: str, keys: Iterable[str]) -> str | None:
     if name.startswith("--"):
         name = name.replace("_", "-")  # as llama.cpp's parser does
     return next((key for key in keys if _matches(name, OPTIONS[key].spellings)), None)
+
+
+def owner_of_variable(name: str, keys: Iterable[str]) -> str | None:
+    """The key of the option among `keys` that this environment variable sets."""
+    return next((key for key in keys if _matches(name, OPTIONS[key].env)), None)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

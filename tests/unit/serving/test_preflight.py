@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamamem.errors import LlamamemError
+from llamamem.serving import preflight
+from llamamem.serving.profiles import Plan, make_plan
+
+GEMMA = {
+    "general.architecture": "gemma4",
+    "gemma4.block_count": 4,
+    "gemma4.context_length": 4096,
+    "gemma4.attention.head_count_kv": 2,
+    "gemma4.attention.key_length": 32,
+    "gemma4.attention.value_length": 32,
+    "gemma4.attention.key_length_swa": 16,
+    "gemma4.attention.value_length_swa": 16,
+    "gemma4.attention.sliding_window": 64,
+    "gemma4.attention.shared_kv_layers": 1,
+    "gemma4.attention.sliding_window_pattern": [True, True, False, True],
+}
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def gguf(fields: dict[str, Any]) -> bytes:
+    out = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields))
+    for key, value in fields.items():
+        out += text(key)
+        if isinstance(value, str):
+            out += struct.pack("<I", 8) + text(value)
+        elif isinstance(value, list) and isinstance(value[0], str):
+            out += struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        elif isinstance(value, list):
+            out += struct.pack(f"<IIQ{len(value)}?", 9, 7, len(value), *value)
+        else:
+            out += struct.pack("<II", 4, value)
+    return out
+
+
+@dataclass
+class Case:
+    """A plan over real files; `bound` is the base hash that the sidecar claims."""
+
+    directory: Path
+    fake_bin: Path
+    base: Path
+    sidecar: Path
+
+    def plan(self, **kwargs: Any) -> Plan:
+        given = {"bin_dir": self.fake_bin, "sidecar": self.sidecar, "port": 0, "environ": {}, **kwargs}
+        return make_plan(given.pop("model", self.base), **given)
+
+
+@pytest.fixture
+def case(fake_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    base, sidecar = tmp_path / "base.gguf", tmp_path / "side.gguf"
+    base.write_bytes(gguf(GEMMA))
+    sidecar.write_bytes(gguf({"general.architecture": "rwkv_ms_memory"}))
+
+    class Bound:
+        base_sha256 = hashlib.sha256(base.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(preflight, "read_sidecar", lambda path: Bound)
+    return Case(tmp_path, fake_bin, base, sidecar)
+
+
+def refusal(plan: Plan) -> str:
+    with pytest.raises(LlamamemError) as caught:
+        preflight.check(plan)
+    assert caught.value.exit_status == 2 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_right_passes_and_both_hashes_are_known(case: Case) -> None:
+    checked = preflight.check(case.plan(slot_dir=case.directory / "new" / "slots"))
+    assert checked.base_sha256 == hashlib.sha256(case.base.read_bytes()).hexdigest()
+    assert checked.sidecar_sha256 == hashlib.sha256(case.sidecar.read_bytes()).hexdigest()
+    assert (case.directory / "new" / "slots").is_dir()
+
+
+def test_missing_binary(case: Case) -> None:
+    assert "llamamem build" in refusal(case.plan(bin_dir=case.directory))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such file"),
+        (b"PK\x03\x04rest", "not a GGUF"),
+        (gguf(GEMMA)[:90], "cut short"),
+        (b"GGUF\1\0\0\0", "1"),
+    ],
+)
+def test_a_base_that_is_no_gguf(case: Case, content: bytes | None, message: str) -> None:
+    case.base.unlink()
+    if content is not None:
+        case.base.write_bytes(content)
+    said = refusal(case.plan())
+    assert str(case.base) in said and message in said
+
+
+def test_a_refused_sidecar_is_refused_here(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise LlamamemError(f"{path}: delta_mem.schema is unknown")
+
+    monkeypatch.setattr(preflight, "read_sidecar", refuse)
+    assert f"{case.sidecar}: delta_mem.schema is unknown" in refusal(case.plan())
+
+
+def test_a_base_other_than_the_bound_one_is_refused_with_both_hashes(case: Case) -> None:
+    bound = hashlib.sha256(case.base.read_bytes()).hexdigest()
+    case.base.write_bytes(case.base.read_bytes() + b"\0")
+    said = refusal(case.plan())
+    assert bound in said and hashlib.sha256(case.base.read_bytes()).hexdigest() in said
+
+
+def test_a_split_base_is_refused_with_a_sidecar_only(case: Case) -> None:
+    case.base.write_bytes(gguf({**GEMMA, "split.count": 3}))
+    assert "split into 3 files" in refusal(case.plan())
+    preflight.check(case.plan(sidecar=None))
+
+
+def test_a_taken_port_is_refused_and_says_by_whom(case: Case) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refusal(case.plan(port=port))
+    assert f"--port {port}: taken by " in said and f"(pid {os.getpid()})" in said
+    preflight.check(case.plan(port=port))  # free again
+
+
+def test_a_slot_directory_that_cannot_be_written(case: Case) -> None:
+    file = case.directory / "file"
+    file.touch()
+    assert f"--slot-dir {file}" in refusal(case.plan(slot_dir=file))
+
+
+def test_options_in_a_config_file_are_refused_as_on_the_command_line(case: Case) -> None:
+    config = Path(os.environ["XDG_CONFIG_HOME"]) / "llama.cpp" / "config.ini"
+    config.parent.mkdir(parents=True)
+    config.write_text("[*]\n# ub = 4\nthreads = 2\nubatch-size = 64\nLLAMA_ARG_CACHE_REUSE = 8\n")
+    said = refusal(case.plan())
+    assert "ubatch-size, LLAMA_ARG_CACHE_REUSE," in said and "threads" not in said
+    config.write_text("[*]\nubatch-size = 64\n")
+    preflight.check(case.plan(profile="fused"))
+
+
+def test_memory_is_estimated_as_the_sliding_window_cache_is_laid_out(case: Case) -> None:
+    plan = case.plan(ctx_size=1000)
+    weights = case.base.stat().st_size + case.sidecar.stat().st_size
+    # three layers with a cache: two slide (window 64 + 512 cells, 16 + 16 wide), one is full; two heads, f16
+    kv = 2 * 2 * (2 * 576 * 32 + 1000 * 64)
+    assert preflight.memory_need(plan, GEMMA) == weights + kv + (256 << 20)
+    f32 = case.plan(ctx_size=1000, extra=["-ctk", "f32", "--cache-type-v", "f32"])
+    assert preflight.memory_need(f32, GEMMA) == weights + 2 * kv + (256 << 20)
+
+
+def test_too_little_memory_is_refused_and_little_is_warned_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = case.plan()
+    need = preflight.memory_need(plan, GEMMA)
+
+    def available(n: float) -> None:
+        class Memory:
+            available = int(n)
+
+        monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory)
+
+    available(0.9 * need)
+    assert "--no-memory-check" in refusal(plan)
+    assert preflight.check(plan, memory_check=False).warnings
+    available(1.1 * need)
+    assert "GiB" in preflight.check(plan).warnings[0]
+    available(1.3 * need)
+    assert preflight.check(plan).warnings == ()
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(b"a" * 100)
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    first = preflight.file_sha256(path, progress)
+    assert first == hashlib.sha256(b"a" * 100).hexdigest() and seen == [(100, 100)]
+    assert preflight.file_sha256(path, progress) == first and len(seen) == 1
+    path.write_bytes(b"b" * 100)
+    os.utime(path, ns=(1, 1))
+    assert preflight.file_sha256(path, progress) == hashlib.sha256(b"b" * 100).hexdigest()
+
+
+def test_a_damaged_digest_cache_is_as_good_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"x")
+    for damage in ("{", "[]", '{"a": 1}'):
+        cache = Path(os.environ["XDG_CACHE_HOME"]) / "llamamem" / "digests.json"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(damage)
+        assert preflight.file_sha256(path) == hashlib.sha256(b"x").hexdigest()

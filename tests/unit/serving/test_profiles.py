@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamamem.errors import LlamamemError
+from llamamem.serving.profiles import OPTIONS, PROFILES, Plan, make_plan
+
+MODEL, SIDECAR, BIN = Path("/m/base.gguf"), Path("/m/side.gguf"), Path("/b")
+
+
+def plan(**kwargs: Any) -> Plan:
+    return make_plan(MODEL, **{"bin_dir": BIN, "environ": {}, **kwargs})
+
+
+def value(argv: tuple[str, ...], flag: str) -> str:
+    assert argv.count(flag) == 1, f"{flag} in {argv}"
+    return argv[argv.index(flag) + 1]
+
+
+def test_serial_is_the_default_with_a_sidecar_and_carries_every_flag_of_the_reference_path() -> None:
+    argv = plan(sidecar=SIDECAR).argv
+    assert argv[0] == "/b/llama-server"
+    for flag, expected in {
+        "--model": "/m/base.gguf",
+        "--rwkv-ms-sidecar": "/m/side.gguf",
+        "--rwkv-ms-mode": "serial",
+        "--batch-size": "2",
+        "--ubatch-size": "1",
+        "--parallel": "1",
+        "--cache-ram": "0",
+        "--ctx-checkpoints": "0",
+        "--host": "127.0.0.1",
+    }.items():
+        assert value(argv, flag) == expected
+    for flag in ("--no-cont-batching", "--no-context-shift", "--no-cache-prompt", "--no-cache-idle-slots"):
+        assert flag in argv
+    assert "--no-mmproj" in argv and "--no-warmup" in argv
+
+
+def test_base_is_the_default_without_one_and_adds_nothing() -> None:
+    assert plan(port=0).argv == ("/b/llama-server", "--model", "/m/base.gguf", "--host", "127.0.0.1", "--port", "0")
+
+
+def test_fused_and_batched_keep_upstream_batches_and_caches() -> None:
+    fused, batched = plan(sidecar=SIDECAR, profile="fused"), plan(sidecar=SIDECAR, profile="batched", parallel=3)
+    assert value(fused.argv, "--parallel") == "1" and value(batched.argv, "--parallel") == "3"
+    for made in (fused, batched):
+        assert value(made.argv, "--rwkv-ms-mode") == made.profile
+        assert not {"--ubatch-size", "--batch-size", "--no-cache-prompt", "--cache-ram"} & set(made.argv)
+        assert value(made.argv, "--cache-reuse") == "0"
+
+
+@pytest.mark.parametrize(
+    "args, key",
+    [
+        (["-ub", "8"], "-ub"),
+        (["-ub=8"], "-ub=8"),
+        (["--ubatch-size=8"], "--ubatch-size=8"),
+        (["--ubatch_size", "8"], "--ubatch_size"),  # llama.cpp takes underscores for dashes
+        (["-b", "512"], "-b"),
+        (["-np", "4"], "-np"),
+        (["-cb"], "-cb"),
+        (["--cache-prompt"], "--cache-prompt"),
+        (["--swa-checkpoints", "4"], "--swa-checkpoints"),
+        (["--cache-reuse", "64"], "--cache-reuse"),
+        (["-md", "d.gguf"], "-md"),
+        (["--spec-type", "ngram-simple"], "--spec-type"),
+        (["--device-draft", "x"], "--device-draft"),
+        (["-mm", "p.gguf"], "-mm"),
+        (["-hf", "a/b"], "-hf"),
+        (["--rwkv-ms-mode", "batched"], "--rwkv-ms-mode"),
+        (["--warmup"], "--warmup"),
+    ],
+)
+def test_serial_refuses_what_it_owns_in_any_spelling(args: list[str], key: str) -> None:
+    with pytest.raises(LlamamemError, match="owns these options") as caught:
+        plan(sidecar=SIDECAR, extra=args)
+    assert f" {key} (" in str(caught.value)
+
+
+def test_all_refused_at_once_with_the_profile_that_would_allow_each() -> None:
+    with pytest.raises(LlamamemError) as caught:
+        plan(sidecar=SIDECAR, extra=["-t", "2", "-ub", "8", "-np", "2"], environ={"LLAMA_ARG_CACHE_REUSE": "1"})
+    text = str(caught.value)
+    assert "-ub (the microbatch size: allowed by --profile fused or batched or base)" in text
+    assert "-np (" in text and "--parallel N --profile batched" in text
+    assert "LLAMA_ARG_CACHE_REUSE in the environment" in text
+    assert "-t (" not in text
+
+
+@pytest.mark.parametrize("name", ["LLAMA_ARG_UBATCH", "LLAMA_ARG_NO_CACHE_PROMPT", "LLAMA_ARG_SPEC_TYPE"])
+def test_environment_variables_are_options_too(name: str) -> None:
+    with pytest.raises(LlamamemError, match=f"{name} in the environment"):
+        plan(sidecar=SIDECAR, environ={name: "1"})
+
+
+def test_fused_allows_what_is_only_slow_or_unneeded_but_not_what_is_wrong() -> None:
+    allowed = ["-ub", "64", "--ctx-checkpoints", "4", "--context-shift"]
+    assert plan(sidecar=SIDECAR, profile="fused", extra=allowed).argv[-5:] == tuple(allowed)
+    for wrong in (["--cache-reuse", "8"], ["--mmproj", "x"], ["--spec-default"]):
+        with pytest.raises(LlamamemError):
+            plan(sidecar=SIDECAR, profile="fused", extra=wrong)
+        assert plan(extra=wrong).argv[-len(wrong) :] == tuple(wrong)  # base: the user's own business
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"profile": "turbo"}, "no such profile"),
+        ({"profile": "serial"}, "--sidecar"),
+        ({"profile": "base", "sidecar": SIDECAR}, "without a memory"),
+        ({"sidecar": SIDECAR, "parallel": 2}, "--profile batched"),
+        ({"sidecar": SIDECAR, "profile": "fused", "parallel": 2}, "--profile batched"),
+        ({"sidecar": SIDECAR, "profile": "batched", "parallel": 0}, "--parallel 0"),
+        ({"port": 70000}, "--port 70000"),
+        ({"host": "127.0.0.1,::1"}, "one TCP address"),
+    ],
+)
+def test_contradictions_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(LlamamemError, match=message) as caught:
+        plan(**kwargs)
+    assert caught.value.exit_status == 2 and "\n" not in str(caught.value)
+
+
+def test_the_printed_plan_hides_secrets() -> None:
+    shown = plan(extra=["--api-key", "hunter2", "--hf-token=abc"]).as_dict()
+    assert "hunter2" not in str(shown) and "abc" not in str(shown["argv"])
+
+
+def test_profiles_own_only_known_options() -> None:
+    for profile in PROFILES.values():
+        assert set(profile.owned) <= set(OPTIONS)
