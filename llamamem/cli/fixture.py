@@ -67,8 +67,6 @@ def _badness(report: FixtureReport) -> float:
 def _lines(report: FixtureReport) -> str:
     verdict = "ok  " if report.ok else "FAIL"
     head = f"{verdict} {report.max_abs_diff:.2e}  {report.engine:6}  {report.path}"
-    cells = [
-        f"{name} {diff:.2e}{'' if diff <= report.atol else ' <- over'}" for name, diff in report.tensors.items()
-    ]
+    cells = [f"{name} {diff:.2e}{'' if diff <= report.atol else ' <- over'}" for name, diff in report.tensors.items()]
     rows = [cells[i : i + 6] for i in range(0, len(cells), 6)]
     return "\n".join([head, *("       " + "  ".join(row) for row in rows)])

@@ -1,0 +1,196 @@
+"""The adapter checkpoint that a sidecar is exported from: a directory with tensors, config and metadata.
+
+`delta_mem_adapter.safetensors` or `delta_mem_adapter.pt` (a flat `{source name: tensor}` dict as torch.save writes it:
+a zip with a pickle and one raw file a storage), `delta_mem_config.json`, `adapter_metadata.json`. The pickle is read
+without torch, and only the few names that such a dict is made of are ever looked up; nothing in it can run.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from llamamem.errors import LlamamemError
+from llamamem.formats.gguf_file import TYPE_SIZE
+from llamamem.formats.sidecar_config import parse_json
+
+ADAPTER = "delta_mem_adapter"
+CONFIG = "delta_mem_config.json"
+METADATA = "adapter_metadata.json"
+
+_MAX_PICKLE = 64 << 20  # bytes; the dict of a checkpoint of 186 tensors has 26 kB
+_STORAGES = {"FloatStorage": "F32", "BFloat16Storage": "BF16", "HalfStorage": "F16"}
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """Raw little-endian bytes as stored; `dtype` is BF16, F16 or F32, `shape` torch's."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by source name, the whole config, and the metadata ({} without a metadata file)."""
+
+    path: Path
+    config_path: Path
+    tensors: dict[str, CheckpointTensor]
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def read_checkpoint(path: str | Path, config: str | None = None) -> Checkpoint:
+    """Reads a checkpoint directory, with the config file of another name if given.
+
+    Raises LlamamemError if a file is missing or malformed, or if the pickle names anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise LlamamemError(f"{path}: no such checkpoint directory; give the one that holds {ADAPTER}.pt")
+    candidates = [path / f"{ADAPTER}{suffix}" for suffix in (".safetensors", ".pt")]
+    adapter = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if adapter is None:
+        raise LlamamemError(f"{path}: holds neither {ADAPTER}.safetensors nor {ADAPTER}.pt")
+    tensors = read_safetensors(adapter) if adapter.suffix == ".safetensors" else read_torch_zip(adapter)
+    if not tensors:
+        raise LlamamemError(f"{adapter}: holds no tensors")
+    config_path = path / (config or CONFIG)
+    metadata = _read_json(path / METADATA) if (path / METADATA).exists() else {}
+    return Checkpoint(path, config_path, tensors, _read_json(config_path), metadata)
+
+
+def read_safetensors(path: Path) -> dict[str, CheckpointTensor]:
+    """The tensors of a .safetensors file."""
+    try:
+        entries = deserialize(_read_bytes(path))  # type: ignore[no-untyped-call,unused-ignore]
+    except SafetensorError as e:
+        raise LlamamemError(f"{path}: not a safetensors file ({e})") from None
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in TYPE_SIZE:
+            raise LlamamemError(f"{path}: tensor '{name}' has type {entry['dtype']}; BF16, F16 and F32 are legal")
+        tensors[name] = CheckpointTensor(name, entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))
+    return tensors
+
+
+def read_torch_zip(path: Path) -> dict[str, CheckpointTensor]:
+    """The tensors of a .pt file that torch.save wrote from a flat dict."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_torch_archive(path, archive)
+    except FileNotFoundError:
+        raise LlamamemError(f"{path}: no such file") from None
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as e:
+        raise LlamamemError(f"{path}: not a zip of the kind that torch.save writes ({e})") from None
+
+
+def _read_torch_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, CheckpointTensor]:
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(names) != 1:
+        raise LlamamemError(f"{path}: has {len(names)} data.pkl, one is expected; save it with torch.save")
+    root = names[0].removesuffix("data.pkl")
+
+    def member(name: str, limit: int | None = None) -> bytes:
+        try:
+            info = archive.getinfo(root + name)
+        except KeyError:
+            raise LlamamemError(f"{path}: '{root + name}' is missing in the zip") from None
+        # torch.save compresses nothing, and a stored member cannot be larger than the file
+        if info.compress_type != zipfile.ZIP_STORED or (limit is not None and info.file_size > limit):
+            raise LlamamemError(f"{path}: '{root + name}' is compressed or too large; save it with torch.save")
+        return archive.read(info)
+
+    if root + "byteorder" in archive.namelist() and member("byteorder", 16) != b"little":
+        raise LlamamemError(f"{path}: tensors are not little-endian; save it on a little-endian machine")
+    try:
+        found = _TensorUnpickler(member("data.pkl", _MAX_PICKLE), lambda key: member(f"data/{key}")).load()
+    except pickle.UnpicklingError as e:
+        raise LlamamemError(f"{path}: refused: {e}") from None
+    except LlamamemError:
+        raise
+    except Exception as e:  # a damaged pickle may fail in any way; it cannot have run anything
+        raise LlamamemError(f"{path}: its pickle is damaged ({type(e).__name__}: {e})") from None
+    if not isinstance(found, dict):
+        raise LlamamemError(f"{path}: holds a {type(found).__name__}, expected a flat dict of tensors")
+    tensors = {}
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, _Tensor):
+            raise LlamamemError(f"{path}: entry {name!r} is not a named tensor; expected a flat dict of tensors")
+        tensors[name] = CheckpointTensor(name, value.dtype, value.shape, value.data)
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Looks up nothing but what a dict of tensors is made of; every other name is refused before it is imported."""
+
+    def __init__(self, data: bytes, storage: Any) -> None:
+        super().__init__(io.BytesIO(data))
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"its pickle asks for '{module}.{name}', which a dict of tensors never needs")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", str() as dtype, str() as key, str(), int()) if dtype in TYPE_SIZE and key.isalnum():
+                return _Storage(dtype, self._storage(key))
+        raise pickle.UnpicklingError(f"its pickle has an unknown kind of storage: {str(pid)[:60]!r}")
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
+    """What torch's function of that name does; numpy refuses a view that reaches beyond the storage."""
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("its pickle makes a tensor without a storage")
+    size = TYPE_SIZE[storage.dtype]
+    kind = np.dtype(f"<u{size}")
+    view: np.ndarray = np.ndarray(shape, kind, storage.data, offset * size, tuple(step * size for step in stride))
+    return _Tensor(storage.dtype, tuple(int(n) for n in shape), view.tobytes())
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise LlamamemError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise LlamamemError(f"{path}: not UTF-8 text") from None
+    value = parse_json(str(path), text)
+    if not isinstance(value, dict):
+        raise LlamamemError(f"{path}: not a JSON object")
+    return value
