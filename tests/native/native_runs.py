@@ -1,0 +1,110 @@
+"""What the tests run in the process of a library variant: everything in, arrays and plain values out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamamem.errors import LlamamemError
+from llamamem.native.runtime import Context, Model, State, load_library
+
+
+def logits(base: Path, sidecar: Path | None, ids: np.ndarray, *, mode: str = "batched", **options: Any) -> np.ndarray:
+    """Logits of every id, fed from position 0 into a fresh context."""
+    with Model.open(base, sidecar, mode) as model, _context(model, len(ids), options) as context:
+        return context.decode(ids)
+
+
+def logits_and_states(base: Path, sidecar: Path, ids: np.ndarray, **options: Any) -> tuple[np.ndarray, list[State]]:
+    """The same, and the memory after the last id."""
+    with Model.open(base, sidecar) as model, _context(model, len(ids), options) as context:
+        return context.decode(ids), context.states()
+
+
+def continue_after(
+    base: Path, sidecar: Path, ids: np.ndarray, n_before: int, how: str, **options: Any
+) -> tuple[np.ndarray, np.ndarray, list[State], list[State]]:
+    """Decodes n_before ids, saves, goes on: logits and states. Then loads as `how` says and goes on again: the same.
+
+    `how`: `same` (into the same context, disturbed since), `other` (into another sequence), `fresh` (into another
+    context) or `whole` (the whole context's state, into another context).
+    """
+    options = {"n_seq_max": 2, **options}
+    before, after = ids[:n_before], ids[n_before:]
+    with Model.open(base, sidecar) as model, _context(model, 2 * len(ids), options) as first:
+        first.decode(before)
+        saved = first.save(None if how == "whole" else 0)
+        expected, expected_states = first.decode(after, n_before), first.states(0)
+        seq = 1 if how == "other" else 0
+        with _context(model, 2 * len(ids), options) as second:
+            context = first if how in ("same", "other") else second
+            if context is second:
+                context.decode(ids[::-1][: n_before // 2], seq=seq)  # something to be replaced
+            context.load(saved, None if how == "whole" else seq)
+            got = context.decode(after, n_before, seq)
+            return expected, got, expected_states, context.states(seq)
+
+
+def interleaved(
+    base: Path, sidecar: Path | None, prompts: list[np.ndarray], *, unified: bool
+) -> tuple[list[np.ndarray], list[list[State]]]:
+    """Prompts decoded together, token by token by turns in one batch: logits and memory of each."""
+    n_seq = len(prompts)
+    seq = np.concatenate([np.full(len(prompt), i) for i, prompt in enumerate(prompts)])
+    pos = np.concatenate([np.arange(len(prompt)) for prompt in prompts])
+    order = np.lexsort((seq, pos))
+    n_ctx = n_seq * max(256, max(map(len, prompts)))
+    with Model.open(base, sidecar) as model, Context(model, n_ctx, n_seq_max=n_seq, unified=unified) as context:
+        out = context.decode(np.concatenate(prompts)[order], pos[order], seq[order])
+        states = [context.states(i) for i in range(n_seq)] if sidecar else []
+    return [out[seq[order] == i] for i in range(n_seq)], states
+
+
+def sequence_operations(base: Path, sidecar: Path, ids: np.ndarray) -> dict[str, Any]:
+    """What clear, removal, copy and keep do to the memory of two sequences."""
+    result: dict[str, Any] = {}
+    with Model.open(base, sidecar) as model, Context(model, 1024, n_seq_max=3) as context:
+        context.decode(ids, seq=0)
+        result["written"] = context.states(0)
+        result["refused"] = context.seq_rm(0, len(ids) // 2, -1)
+        result["after_refusal"] = context.states(0), context.seq_pos(0)[1]
+        context.seq_cp(0, 1)
+        result["copy"] = context.states(1)
+        result["next_of_original"] = context.decode(ids[:5], len(ids), 0)
+        result["next_of_copy"] = context.decode(ids[:5], len(ids), 1)
+        context.decode(ids[5:9], len(ids) + 5, 1)
+        result["diverged"] = context.states(0), context.states(1)
+        context.seq_keep(1)
+        result["kept"] = context.states(0), context.states(1)
+        result["removed"] = context.seq_rm(1), context.states(1), context.seq_pos(1)
+        result["again"] = context.decode(ids, seq=1)
+        context.clear()
+        result["cleared"] = context.states(1)
+        result["zero"] = context.decode(ids, seq=0)
+    return result
+
+
+def set_and_get(base: Path, sidecar: Path, states: list[State], bad: list[State]) -> tuple[list[State], list[str]]:
+    """The states read back after setting them, after which the bad ones are tried: read back again, and the reasons."""
+    reasons = []
+    with Model.open(base, sidecar) as model, Context(model, 256) as context:
+        for i, state in enumerate(states):
+            context.set_state(0, i, state)
+        for state in bad:
+            try:
+                context.set_state(0, 0, state)
+                reasons.append("")
+            except LlamamemError as e:
+                reasons.append(str(e))
+        return context.states(0), reasons
+
+
+def _context(model: Model, n_tokens: int, options: dict[str, Any]) -> Context:
+    return Context(model, max(256, n_tokens) * options.get("n_seq_max", 1), **options)
+
+
+def load_other_variant() -> None:
+    """Tries to load the exact-GELU test build where the product build is loaded."""
+    load_library(exact_gelu=True)
