@@ -1,0 +1,84 @@
+#pragma once
+
+// A sidecar file, read and checked as far as that goes without its base model.
+
+#include <atomic>
+#include <cstdint>
+#include <future>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_model;
+
+struct llama_rwkv_ms_hparams {
+    uint32_t rank      = 0; // R, the size of a state head
+    uint32_t n_head    = 0; // N
+    uint32_t n_state   = 0; // M, states per head
+    uint32_t n_chunk   = 0; // C, tokens
+    uint32_t n_lora    = 0; // L
+    uint32_t n_gate    = 0; // G: D if the gates are rank-wise, else N
+    uint32_t semantics = 0; // 1 or 2
+
+    float alpha      = 0.0f;
+    float erase_gate = 0.0f;
+
+    int  update_mode   = 0; // 0 standard, 1 lambda_outside, 2 no_lambda
+    bool couple_lambda = true;
+
+    uint32_t n_rank_total() const { return rank*n_head; } // D
+};
+
+struct llama_rwkv_ms_tensor {
+    std::vector<int64_t> shape; // torch order
+    std::vector<float>   data;
+};
+
+struct llama_rwkv_ms_sidecar {
+    struct layer {
+        int32_t il       = -1;
+        bool    is_swa   = false;
+        int64_t width[4] = {}; // q k v o, 0 where the layer has no such projection
+
+        // by short name without "blk.N.", only those that the maths uses
+        std::map<std::string, llama_rwkv_ms_tensor> tensors;
+    };
+
+    std::string path;
+    std::string path_base;   // empty: the base is not checked
+
+    // lower-case hex
+    std::string sha256;      // of the sidecar file
+    std::string base_sha256; // of the base GGUF that it is bound to
+    std::string fingerprint; // SHA-256 of the two digests one after the other: what a state belongs to
+
+    int64_t n_embd  = 0;     // H
+    bool    head[4] = {};    // q k v o: active deltas
+
+    llama_rwkv_ms_hparams hparams;
+
+    std::vector<layer> layers;
+
+    llama_rwkv_ms_sidecar() = default;
+    ~llama_rwkv_ms_sidecar(); // does not wait for the whole base to be hashed
+
+    llama_rwkv_ms_sidecar(const llama_rwkv_ms_sidecar &) = delete;
+    llama_rwkv_ms_sidecar & operator=(const llama_rwkv_ms_sidecar &) = delete;
+
+    // hashes the base in a thread of its own, so that it overlaps with loading the weights
+    void base_hash_start(const char * path);
+
+    // waits for the hash and throws if it is not the bound one; does nothing without a base_hash_start
+    void base_hash_check() const;
+
+private:
+    std::atomic<bool>               base_hash_cancel{false};
+    std::shared_future<std::string> base_hash;
+};
+
+// throws std::runtime_error with one line that names the file and what is wrong in it
+std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_load(const char * path);
+
+// the part that needs the base (its tensors may be unallocated), throws in the same way
+void llama_rwkv_ms_sidecar_check_model(const llama_rwkv_ms_sidecar & sidecar, const llama_model & model);
