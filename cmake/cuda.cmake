@@ -17,17 +17,6 @@ if (NOT LLAMAMEM_NVCC_RESULT EQUAL 0 OR NOT LLAMAMEM_NVCC_ARCHS)
     llamamem_refuse("CUDA: ${LLAMAMEM_NVCC} does not run (${LLAMAMEM_NVCC_RESULT}): reinstall the CUDA toolkit")
 endif()
 
-find_package(CUDAToolkit QUIET)
-if (NOT CUDAToolkit_FOUND OR NOT TARGET CUDA::cudart)
-    llamamem_refuse("CUDA: ${LLAMAMEM_NVCC} is there, but the CUDA runtime (cuda_runtime.h, libcudart) is not: "
-                    "install the toolkit's cudart development package")
-endif()
-find_file(LLAMAMEM_CUBLAS_H cublas_v2.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
-if (NOT TARGET CUDA::cublas OR NOT LLAMAMEM_CUBLAS_H)
-    llamamem_refuse("CUDA: cuBLAS (cublas_v2.h, libcublas) was not found for the toolkit "
-                    "${CUDAToolkit_VERSION} of ${LLAMAMEM_NVCC}: install its cuBLAS development package")
-endif()
-
 # Without a name, the GPUs that are here; "native" without a GPU would quietly give an architecture of no use.
 set(LLAMAMEM_ARCHS "${LLAMAMEM_CUDA_ARCH}")
 if (NOT LLAMAMEM_ARCHS)
@@ -52,6 +41,17 @@ foreach (ARCH IN LISTS LLAMAMEM_ARCHS)
         llamamem_refuse("CUDA: architecture ${ARCH} is older than 75, the oldest this runtime is built for")
     endif()
 endforeach()
+
+find_package(CUDAToolkit QUIET)
+if (NOT CUDAToolkit_FOUND OR NOT TARGET CUDA::cudart)
+    llamamem_refuse("CUDA: ${LLAMAMEM_NVCC} is there, but the CUDA runtime (cuda_runtime.h, libcudart) is not: "
+                    "install the toolkit's cudart development package")
+endif()
+find_file(LLAMAMEM_CUBLAS_H cublas_v2.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+if (NOT TARGET CUDA::cublas OR NOT LLAMAMEM_CUBLAS_H)
+    llamamem_refuse("CUDA: cuBLAS (cublas_v2.h, libcublas) was not found for the toolkit "
+                    "${CUDAToolkit_VERSION} of ${LLAMAMEM_NVCC}: install its cuBLAS development package")
+endif()
 
 set(CMAKE_CUDA_COMPILER      "${LLAMAMEM_NVCC}"  CACHE FILEPATH "" FORCE)
 set(CMAKE_CUDA_ARCHITECTURES "${LLAMAMEM_ARCHS}" CACHE STRING   "" FORCE)

@@ -53,12 +53,17 @@ class Repository:
         """Standard output of `git ARGS`; a failure is a `LlamamemError` with git's own words."""
         git = shutil.which("git")
         if git is None:
-            raise LlamamemError("git was not found on PATH: install git (it lays the patches over the pinned llama.cpp)")
+            raise LlamamemError("git was not found on PATH: install it: it lays the patches over the pinned llama.cpp")
         outer = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         # GIT_DIR is set, so that a missing nested repository is an error and never the one around it.
         here = {"GIT_DIR": str(self.path / ".git"), "GIT_WORK_TREE": str(self.path)}
         done = subprocess.run(
-            [git, *args], cwd=self.path, env=outer | _ENV | here | self.env | env, input=data, capture_output=True, check=False
+            [git, *args],
+            cwd=self.path,
+            env=outer | _ENV | here | self.env | env,
+            input=data,
+            capture_output=True,
+            check=False,
         )
         if done.returncode:
             words = (done.stderr or done.stdout).decode(errors="replace")

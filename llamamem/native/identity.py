@@ -31,7 +31,7 @@ class Pin:
 
 
 def source_root() -> Path:
-    """The directory of `CMakeLists.txt`, `patches/` and `vendor/llama.cpp.lock`: the checkout, or the copy in a wheel."""
+    """Where `CMakeLists.txt`, `patches/` and `vendor/llama.cpp.lock` are: the checkout, or the copy in a wheel."""
     package = Path(__file__).resolve().parents[1]
     for root in (package.parent, package / "native" / "_source"):
         if (root / LOCK).is_file() and (root / "CMakeLists.txt").is_file():
@@ -88,4 +88,3 @@ def build_identity(root: Path | None = None) -> str:
     """`<upstream commit, 9 hex>+<patch set, 12 hex>`: what `llama-server --version` and `/props` of a build report."""
     root = root or source_root()
     return f"{read_pin(root).upstream_commit[:9]}+{patch_set_sha256(root)[:12]}"
-

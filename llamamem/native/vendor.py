@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -27,11 +26,11 @@ from llamamem.errors import LlamamemError
 from llamamem.native.git import Repository
 from llamamem.native.identity import EDITED, LOCK, Pin, build_identity, read_pin, series_names, source_root
 from llamamem.native.sdist import cache_dir, fetch_sdist, unpack
+from llamamem.native.series import PRISTINE, export, file_name, replay, write_series
 
 __all__ = ["apply", "edits", "fetch", "identity", "materialise", "refresh", "tree_path", "verify"]
 
 BRANCH = "llamamem"
-PRISTINE = "pristine"
 Say = Callable[[str], None]
 
 
@@ -98,8 +97,13 @@ def edits(root: Path | None = None) -> list[str]:
     repo = Repository(tree)
     note = _Note.read(repo)
     base = note.tree if note else repo.tree(PRISTINE)
-    committed = repo.run("diff-tree", "-r", "-z", "--no-renames", "--name-only", base, "HEAD").decode().split("\0")
-    return sorted({path for path in committed if path} | set(repo.edits()))
+    return sorted(_differing(repo, base) | set(repo.edits()))
+
+
+def _differing(repo: Repository, tree: str) -> set[str]:
+    """Files whose content in HEAD is not that of `tree`."""
+    names = repo.run("diff-tree", "-r", "-z", "--no-renames", "--name-only", tree, "HEAD").decode().split("\0")
+    return {name for name in names if name}
 
 
 # -- fetch and apply ----------------------------------------------------------------------------------------------
@@ -136,9 +140,7 @@ def _unpack_pristine(pin: Pin, tree: Path, say: Say) -> None:
         repo.run("add", "--all", "--force")
         found = repo.line("write-tree")
         if found != pin.pristine_tree:
-            raise LlamamemError(
-                f"{sdist}: {pin.subdirectory} has git tree {found}, the lock file wants {pin.pristine_tree or 'none yet'}"
-            )
+            raise LlamamemError(f"{sdist}: {pin.subdirectory} has git tree {found}, {LOCK} wants {pin.pristine_tree}")
         commit = repo.commit_tree(found, f"llama.cpp {pin.upstream_commit}\n\nFrom the sdist of {pin.requirement}.\n")
         repo.run("update-ref", f"refs/heads/{BRANCH}", commit)
         repo.run("tag", PRISTINE, commit)
@@ -168,11 +170,11 @@ def apply(root: Path | None = None, say: Say = _stderr) -> bool:
                 f"{tree}: has edits that no patch holds ({_few(edited)}): keep them with `llamamem vendor refresh`, "
                 f"or drop them by deleting {tree}, then try again"
             )
-        commits = _replay(repo, root / "patches", pin.pristine_tree)
+        commits = replay(repo, root / "patches", pin.pristine_tree)
         made = repo.tree(commits[-1])
         if made != pin.patched_tree:
             raise LlamamemError(
-                f"{root / 'patches' / 'series'}: gives git tree {made}, {LOCK} wants {pin.patched_tree or 'none yet'}: "
+                f"{root / 'patches' / 'series'}: gives git tree {made}, {LOCK} wants {pin.patched_tree}: "
                 "restore both from git, or run `llamamem vendor refresh` after editing the tree"
             )
         # Two-tree read: writes the files that differ and no other, so that a build compiles no more than it must.
@@ -199,78 +201,6 @@ def _few(paths: list[str]) -> str:
     return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def _replay(repo: Repository, patches: Path, pristine_tree: str) -> list[str]:
-    """Commits for the pristine tree and each patch, made in a scratch index: no file of the tree is touched."""
-    commit = repo.line("rev-parse", "--verify", f"{PRISTINE}^{{commit}}")
-    if (found := repo.tree(commit)) != pristine_tree:
-        raise LlamamemError(
-            f"{repo.path}: is upstream tree {found}, {LOCK} wants {pristine_tree}: delete {repo.path} and try again"
-        )
-    commits = [commit]
-    with repo.scratch_index(pristine_tree) as scratch:
-        for name in series_names(patches):
-            message, diff = _split((patches / name).read_bytes(), patches / name)
-            try:
-                scratch.run("apply", "--cached", "--whitespace=nowarn", "-", data=diff)
-            except LlamamemError as error:
-                raise LlamamemError(f"{patches / name}: does not apply ({error})") from None
-            commits.append(repo.commit_tree(scratch.line("write-tree"), message, commits[-1]))
-    return commits
-
-
-# -- patches as files ---------------------------------------------------------------------------------------------
-
-
-def _split(patch: bytes, path: Path) -> tuple[str, bytes]:
-    """Message and diff of a patch file: the text before the line `---`, and what follows."""
-    text, mark, diff = patch.partition(b"\n---\n")
-    if not mark or not diff.lstrip().startswith(b"diff --git "):
-        raise LlamamemError(f"{path}: not a patch with a message, a line `---` and a git diff")
-    return text.decode() + "\n", diff.lstrip()
-
-
-def _join(message: str, diff: bytes) -> bytes:
-    # Blob ids change with every neighbour's edit and say nothing here: the lock file's tree hash is the check.
-    diff = re.sub(rb"(?m)^index [0-9a-f]+\.\.[0-9a-f]+( [0-7]+)?\n", b"", diff)
-    return message.strip().encode() + b"\n---\n" + diff
-
-
-def _file_name(number: int, message: str) -> str:
-    subject = re.sub(r"[^A-Za-z0-9_.]+", "-", message.strip().splitlines()[0]).strip("-.")
-    return f"{number:04d}-{subject[:52].rstrip('-.')}.patch"
-
-
-def _export(repo: Repository) -> dict[str, bytes]:
-    """One patch for each commit since `pristine`, with as little context as still applies to the same result."""
-    commits = repo.line("rev-list", "--reverse", "--parents", f"{PRISTINE}..HEAD").splitlines()
-    patches: dict[str, bytes] = {}
-    for number, line in enumerate(commits, 1):
-        commit, *parents = line.split()
-        if len(parents) != 1:
-            raise LlamamemError(f"{repo.path}: commit {commit[:12]} is a merge: make the history linear with git rebase")
-        message = repo.run("log", "-1", "--format=%B", commit).decode()
-        if "\n---\n" in message:
-            raise LlamamemError(f"{repo.path}: the message of {commit[:12]} has a line `---`: reword it")
-        for context in (1, 2, 3):
-            flags = ["-p", "-r", "--no-renames", "--no-ext-diff", "--no-color", "--binary", f"-U{context}"]
-            patch = _join(message, repo.run("diff-tree", *flags, parents[0], commit))
-            if _gives(repo, patch, parents[0], commit):
-                break
-        else:
-            raise LlamamemError(f"{repo.path}: commit {commit[:12]} does not survive being written as a patch")
-        patches[_file_name(number, message)] = patch
-    return patches
-
-
-def _gives(repo: Repository, patch: bytes, parent: str, commit: str) -> bool:
-    with repo.scratch_index(repo.tree(parent)) as scratch:
-        try:
-            scratch.run("apply", "--cached", "--whitespace=nowarn", "-", data=_split(patch, repo.path)[1])
-        except LlamamemError:
-            return False
-        return scratch.line("write-tree") == repo.tree(commit)
-
-
 # -- refresh ------------------------------------------------------------------------------------------------------
 
 
@@ -293,8 +223,8 @@ def refresh(root: Path | None = None, into: str | None = None, say: Say = _stder
             )
         if uncommitted and into is not None:
             _fold(repo, into)
-        patches = _export(repo)
-        changed = _write_series(root / "patches", patches)
+        patches = export(repo)
+        changed = write_series(root / "patches", patches)
         pin = replace(read_pin(root), patched_tree=repo.tree())
         if pin != read_pin(root):
             (root / LOCK).write_text(json.dumps(asdict(pin), indent=2) + "\n", encoding="utf-8")
@@ -305,29 +235,12 @@ def refresh(root: Path | None = None, into: str | None = None, say: Say = _stder
     return changed
 
 
-def _write_series(folder: Path, patches: dict[str, bytes]) -> list[str]:
-    series = folder / "series"
-    old = series_names(folder) if series.is_file() else []
-    comments = [line for line in series.read_text(encoding="utf-8").splitlines() if line.startswith("#")] if old else []
-    changed = []
-    text = "\n".join([*(comments or ["# one patch a line, in the order they are applied; see README.md"]), *patches, ""])
-    for name, data in {**patches, "series": text.encode()}.items():
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != data:
-            path.write_bytes(data)
-            changed.append(f"patches/{name}")
-    for name in set(old) - set(patches):
-        (folder / name).unlink()
-        changed.append(f"patches/{name} (removed)")
-    return changed
-
-
 def _fold(repo: Repository, into: str) -> None:
     """Put what is not committed into the commit of patch `into`, in a second work tree: no file here is touched."""
     commits = repo.line("rev-list", "--reverse", f"{PRISTINE}..HEAD").split()
-    names = [_file_name(n, repo.run("log", "-1", "--format=%B", c).decode()) for n, c in enumerate(commits, 1)]
-    chosen = [c for name, c in zip(names, commits) if name.removesuffix(".patch") == into.removesuffix(".patch")]
-    chosen = chosen or [c for name, c in zip(names, commits) if name.partition("-")[0] == into]
+    names = [file_name(n, repo.run("log", "-1", "--format=%B", c).decode()) for n, c in enumerate(commits, 1)]
+    wanted = into.removesuffix(".patch")
+    chosen = [c for name, c in zip(names, commits, strict=True) if wanted in (name[:4], name.removesuffix(".patch"))]
     if len(chosen) != 1:
         raise LlamamemError(f"--into {into}: no such patch; there are: {', '.join(names) or 'none yet'}")
     with repo.scratch_index("HEAD") as scratch:
@@ -339,7 +252,8 @@ def _fold(repo: Repository, into: str) -> None:
         repo.run("worktree", "add", "--quiet", "--detach", str(beside), fixup)
         other = Repository(beside, {"GIT_DIR": str(repo.path / ".git" / "worktrees" / beside.name)})
         try:
-            other.run("rebase", "--quiet", "--interactive", "--autosquash", PRISTINE, GIT_SEQUENCE_EDITOR="true", GIT_EDITOR="true")
+            rebase = ["rebase", "--quiet", "--interactive", "--autosquash", PRISTINE]
+            other.run(*rebase, GIT_SEQUENCE_EDITOR="true", GIT_EDITOR="true")
             folded = other.line("rev-parse", "HEAD")
         except LlamamemError as error:
             clash = other.run("diff", "--name-only", "--diff-filter=U").decode().split()
@@ -368,7 +282,7 @@ def verify(root: Path | None = None) -> list[str]:
     pin, repo = read_pin(root), Repository(tree)
     problems = []
     try:
-        made = repo.tree(_replay(repo, root / "patches", pin.pristine_tree)[-1])
+        made = repo.tree(replay(repo, root / "patches", pin.pristine_tree)[-1])
         if made != pin.patched_tree:
             problems.append(f"patches/series gives git tree {made}, {LOCK} records {pin.patched_tree}")
     except LlamamemError as error:
@@ -376,25 +290,15 @@ def verify(root: Path | None = None) -> list[str]:
     # A fresh index has no file times in it: every file is read and hashed, whatever its time and size say.
     with repo.scratch_index("HEAD") as scratch:
         changed = set(scratch.edits(ignored=True))
+    note = _Note.read(repo)
     if (head := repo.tree()) != pin.patched_tree:
         problems.append(f"the tree's HEAD is git tree {head}, {LOCK} records {pin.patched_tree}")
-        note = _Note.read(repo)
-        if note and repo.line("cat-file", "-t", pin.patched_tree if _has(repo, pin.patched_tree) else note.tree) == "tree":
-            base = pin.patched_tree if _has(repo, pin.patched_tree) else note.tree
-            names = repo.run("diff-tree", "-r", "-z", "--no-renames", "--name-only", base, "HEAD").decode().split("\0")
-            changed |= {name for name in names if name}
+        if note:
+            changed |= _differing(repo, note.tree)
     problems += [f"{path}: differs from the recorded tree" for path in sorted(changed)]
-    note = _Note.read(repo)
     if not problems and not (note and note.inputs == _inputs(root, pin) and note.tree == pin.patched_tree):
         problems.append(f"{tree}: is not noted as made from these patches: run `llamamem vendor apply`")
     return problems
-
-
-def _has(repo: Repository, tree: str) -> bool:
-    try:
-        return repo.line("cat-file", "-t", tree) == "tree"
-    except LlamamemError:
-        return False
 
 
 def identity(root: Path | None = None) -> str:
