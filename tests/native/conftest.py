@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -79,8 +78,8 @@ def exact() -> Iterator[Run]:
 def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`cli("parity", ...)` runs a command and returns its exit status, stdout and stderr."""
 
-    def run(*args: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llamamem.cli", *map(os.fspath, args)]
+    def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llamamem.cli", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
     return run
@@ -113,7 +112,17 @@ def sidecars(tmp_path_factory: pytest.TempPathFactory, cli: Run, base: Path) -> 
 def make_model(folder: Path, preset: str, *args: str) -> tuple[Path, Path]:
     """A random base of the preset and a sidecar for it."""
     base, sidecar = folder / f"{preset}.gguf", folder / f"{preset}-memory.gguf"
-    command = [sys.executable, MAKE_MODEL, "--preset", preset, "--output", base, "--sidecar", sidecar, *args]
+    command: list[str | Path] = [
+        sys.executable,
+        MAKE_MODEL,
+        "--preset",
+        preset,
+        "--output",
+        base,
+        "--sidecar",
+        sidecar,
+        *args,
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     return base, sidecar
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.native.runtime import Context, Model, State, load_library
+from llamamem.native.runtime import Context, Model, State, eval_layer, load_library
+from llamamem.proof.fixtures import FixtureReport, check_fixtures
 
 
 def logits(base: Path, sidecar: Path | None, ids: np.ndarray, *, mode: str = "batched", **options: Any) -> np.ndarray:
@@ -108,3 +109,13 @@ def _context(model: Model, n_tokens: int, options: dict[str, Any]) -> Context:
 def load_other_variant() -> None:
     """Tries to load the exact-GELU test build where the product build is loaded."""
     load_library(exact_gelu=True)
+
+
+def run_layer(weights: dict[str, np.ndarray] | None, **arguments: Any) -> dict[str, np.ndarray]:
+    """One layer through the compiled op."""
+    return eval_layer(weights, **arguments)
+
+
+def layer_reports(paths: list[Path], atol: float) -> list[FixtureReport]:
+    """Layer fixtures through the compiled op."""
+    return check_fixtures(paths, ["native"], atol)

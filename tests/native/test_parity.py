@@ -11,6 +11,8 @@ from native_runs import logits, logits_and_states
 
 from llamamem.proof.parity import compare_states
 
+pytestmark = pytest.mark.native
+
 # limits on absolute differences of logits (up to 7.5) and states
 EXACT = 5e-5
 EXACT_STATES = 5e-6

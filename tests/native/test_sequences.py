@@ -20,6 +20,8 @@ from native_runs import (
 from llamamem.errors import LlamamemError
 from llamamem.native.runtime import State
 
+pytestmark = pytest.mark.native
+
 
 def same_states(a: list[State], b: list[State]) -> bool:
     return all(

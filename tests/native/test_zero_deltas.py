@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from native_runs import logits
 
+pytestmark = pytest.mark.native
+
 CACHES = {"f32": {"kv": "f32", "flash_attn": False}, "q8_0-fa": {"kv": "q8_0", "flash_attn": True}}
 
 
