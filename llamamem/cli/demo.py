@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -30,9 +29,7 @@ def demo_command(
 
     Exit status: 0 all of it holds, 1 something does not, 2 it could not be run.
     """
-    if bin_dir is not None:
-        os.environ["LLAMAMEM_BIN_DIR"] = str(bin_dir)  # a flag goes over the environment; `serve` inherits it
-    directory, build = demo_data(data), find_build()
+    directory, build = demo_data(data), find_build(bin_dir=bin_dir)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     console.print(f"llamamem demo: build {build.identity}, a random Gemma 4 of 400,000 weights: expect gibberish")
 
@@ -40,7 +37,7 @@ def demo_command(
         mark = "[green]ok  [/]" if step.ok else "[red]FAIL[/]"
         console.print(f"{mark} {escape(step.what)}  [dim]{escape(step.seen)}[/]")
 
-    report = demo(directory, bin_dir=Path(build.bin_dir), show=show)
+    report = demo(directory, bin_dir=build.bin_dir, show=show)
     if as_json:
         print(json.dumps({"ok": report.ok, **asdict(report)}))
     else:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -59,12 +60,10 @@ def serve(
     """
     if sidecar is not None and slot_dir is None:
         slot_dir = state_dir() / "slots" / sidecar.stem
-    if bin_dir is not None:
-        os.environ["LLAMAMEM_BIN_DIR"] = str(bin_dir)  # a flag goes over the environment
-    build = find_build()
+    build = find_build(bin_dir=bin_dir)
     plan = make_plan(
         model.absolute(),
-        bin_dir=Path(build.bin_dir),
+        bin_dir=build.bin_dir,
         sidecar=sidecar.absolute() if sidecar else None,
         profile=profile,
         parallel=parallel,
@@ -130,7 +129,7 @@ def _run(
 def _api_key(plan: Plan) -> str | None:
     """The first key that requests must carry, when llama-server was given one."""
     keys = os.environ.get("LLAMA_API_KEY")
-    for arg, value in zip(plan.extra, plan.extra[1:]):
+    for arg, value in pairwise(plan.extra):
         if arg.replace("_", "-") == "--api-key":
             keys = value
     return keys.split(",")[0] if keys else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -33,11 +32,8 @@ def smoke_command(
 
     Exit status: 0 base and sidecar part and base and zeroed agree, 1 they do not, 2 it could not be run.
     """
-    if bin_dir is not None:
-        os.environ["LLAMAMEM_BIN_DIR"] = str(bin_dir)  # a flag goes over the environment
-    report = smoke(
-        model, sidecar, bin_dir=Path(find_build().bin_dir), prompt=prompt, n_predict=n_predict, ctx_size=ctx_size
-    )
+    build = find_build(bin_dir=bin_dir)
+    report = smoke(model, sidecar, bin_dir=build.bin_dir, prompt=prompt, n_predict=n_predict, ctx_size=ctx_size)
     if as_json:
         print(json.dumps({"ok": report.ok, **asdict(report)}))
     else:

@@ -7,7 +7,6 @@ memory is live: it is written with every token, it changes the output, and with 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -76,7 +75,8 @@ def demo(data: Path, *, bin_dir: Path, show: Callable[[Step], None] = lambda ste
         report("sidecar exported", sidecar.is_file(), f"{sidecar.stat().st_size:,} bytes")
 
         serve = ["--model", str(model), "--sidecar", str(sidecar), "--port", "0", "--ctx-size", "1024"]
-        with _served([*serve, "--slot-dir", str(Path(scratch) / "slots")]) as (process, run):
+        serve += ["--bin-dir", str(bin_dir), "--slot-dir", str(Path(scratch) / "slots")]
+        with _served(serve) as (process, run):
             report("server ready", True, f"{run['url']}, profile {run['profile']}")
             with Client(run["url"], timeout=_LONGEST) as client:
                 _talk(client, run, report)
@@ -130,7 +130,7 @@ def _served(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], dict[
     with tempfile.TemporaryFile("w+", errors="replace") as talk:
         process = subprocess.Popen(
             [sys.executable, "-m", "llamamem.cli", "serve", "--json", *arguments],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=talk, text=True, env=dict(os.environ),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=talk, text=True,
         )  # fmt: skip
         watchdog = threading.Timer(_LONGEST, process.terminate)
         watchdog.start()

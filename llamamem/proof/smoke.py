@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.sidecar import zero_sidecar
+from llamamem.formats.sidecar_export import zero_sidecar
 
 DEFAULT_PROMPT = "My name is Ada and I keep bees. What is my name, and what do I keep?"
 
@@ -139,4 +139,4 @@ def _text(stdout: str) -> str:
 def _first_difference(a: tuple[int, ...] | str | None, b: tuple[int, ...] | str | None) -> int | None:
     if a is None or b is None or a == b:
         return None
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -13,6 +13,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,13 @@ def memory_need(plan: Plan, header: dict[str, Any]) -> int:
         )
         cells = min(n_ctx, (window + 512) * n_seq) if slides else n_ctx
         n_heads = heads[il] if isinstance(heads, list) else heads or 0
-        kv += cells * n_heads * sum(width * size for width, size in zip(widths, per_value))
+        kv += cells * n_heads * sum(width * size for width, size in zip(widths, per_value, strict=True))
     return int(weights + kv + _OVERHEAD)
 
 
 def _kv_type(plan: Plan, which: str) -> float:
     names = (f"-ct{which}", f"--cache-type-{which}")
-    for arg, value in zip(plan.extra, plan.extra[1:]):
+    for arg, value in pairwise(plan.extra):
         if arg.replace("_", "-") in names:
             return _KV_BYTES.get(value, 2.0)
     return 2.0

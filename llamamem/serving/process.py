@@ -252,7 +252,7 @@ class Follower:
 
 
 def _die_with(launcher: int) -> Callable[[], None] | None:
-    """For the child between fork and exec: SIGKILL me when my parent dies. Linux only; elsewhere there is no such call."""
+    """For the child between fork and exec: SIGKILL me when my parent dies. Linux only: no such call elsewhere."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)  # looked up before the fork: nothing may be loaded after it

@@ -95,7 +95,7 @@ def test_no_orphan_survives_a_killed_launcher(fake_bin: Path, tmp_path: Path) ->
         assert launcher.stdout is not None
         child = psutil.Process(int(launcher.stdout.readline()))
         launcher.kill()
-    gone, alive = psutil.wait_procs([child], timeout=5)
+    _, alive = psutil.wait_procs([child], timeout=5)
     assert not alive
 
 

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamamem.errors import LlamamemError
+from llamamem.proof import smoke as module
+from llamamem.proof.smoke import smoke
+
+# Says "base" without a sidecar; with one, what its file holds. Tokens are the bytes of the text, after a prompt of 3.
+FAKE = """
+import struct, sys
+from pathlib import Path
+args = sys.argv[1:]
+value = lambda name: args[args.index(name) + 1]
+for flag in ("--temp 0", "--top-k 1", "--seed 123", "-ub 1", "-b 2"):
+    assert flag in " ".join(args), flag
+for flag in ("--no-warmup", "-no-cnv"):
+    assert flag in args, flag
+text = b"base line"
+if "--rwkv-ms-sidecar" in args:
+    assert value("--rwkv-ms-mode") == "serial"
+    text = Path(value("--rwkv-ms-sidecar")).read_bytes()
+if text == b"crash":
+    print("E common_init: error: tensor is missing", file=sys.stderr)
+    sys.exit(1)
+print("main: number of tokens in prompt = 3", file=sys.stderr)
+tokens = [1, 2, 3, *text]
+head = struct.pack("<4sII", b"nsgg", 10, len(tokens))
+Path(value("--prompt-cache")).write_bytes(head + struct.pack(f"<{len(tokens)}i", *tokens) + b"state")
+sys.stdout.buffer.write(text + b"\\nmain: saving final output to session file 'x'\\n\\n\\n")
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    binary = tmp_path / "llama-completion"
+    binary.write_text(f"#!{sys.executable}\n{FAKE}")
+    binary.chmod(0o755)
+    model = tmp_path / "base.gguf"
+    model.touch()
+    return model, tmp_path / "side.gguf"
+
+
+def run(files: tuple[Path, Path], sidecar: str, zeroed: str, monkeypatch: pytest.MonkeyPatch) -> module.SmokeReport:
+    model, path = files
+    path.write_text(sidecar)
+    monkeypatch.setattr(module, "zero_sidecar", lambda source, target: target.write_text(zeroed))
+    return smoke(model, path, bin_dir=model.parent, prompt="abc", n_predict=9)
+
+
+def test_passes_when_the_sidecar_parts_and_the_zeroed_one_does_not(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(files, "base lane", "base line", monkeypatch)
+    assert report.ok and report.parted_token == report.parted_char == 6
+    assert report.base.text == "base line" and report.sidecar.text == "base lane"
+    assert report.base.tokens == tuple(b"base line")
+
+
+def test_a_sidecar_without_effect_fails(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(files, "base line", "base line", monkeypatch)
+    assert not report.ok and report.zeroed_equals_base and report.parted_token is None
+
+
+def test_a_zeroed_sidecar_with_effect_fails(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(files, "base lane", "base linE", monkeypatch)
+    assert not report.ok and report.parted
+
+
+def test_a_text_that_only_ends_earlier_parts_at_its_end(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(files, "base", "base line", monkeypatch).parted_token == 4
+
+
+def test_a_run_that_fails_says_why(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LlamamemError, match=r"status 1: .*tensor is missing"):
+        run(files, "crash", "base line", monkeypatch)
+
+
+def test_missing_files_are_named(files: tuple[Path, Path]) -> None:
+    model, sidecar = files
+    with pytest.raises(LlamamemError, match=r"sidecar .*side\.gguf: no such file"):
+        smoke(model, sidecar, bin_dir=model.parent)
+    sidecar.touch()
+    (model.parent / "llama-completion").unlink()
+    sidecar.write_bytes(b"x")
+    with pytest.raises(LlamamemError):
+        smoke(model, sidecar, bin_dir=model.parent)
