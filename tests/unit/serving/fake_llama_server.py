@@ -1,11 +1,13 @@
 """A stand-in for llama-server: the same calls for readiness, and on request the ways in which a server goes wrong.
 
 Run as a script: `fake_llama_server.py --port N --fake ok|crash|stall|slow|stubborn|dies [other flags, ignored]`.
+`--version` claims the identity in the environment variable FAKE_IDENTITY.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -30,6 +32,9 @@ def main() -> None:
     def option(name: str, default: str) -> str:
         return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
 
+    if "--version" in sys.argv:
+        print(f"llamamem: {os.environ['FAKE_IDENTITY']}")
+        return
     mode = option("--fake", "ok")
     print("fake: started", flush=True)
     if mode == "crash":

@@ -1,0 +1,98 @@
+"""`llamamem serve` as a process of its own, in front of a stand-in for llama-server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llamamem.native import vendor
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FAKE_IDENTITY", vendor.identity())
+    path = tmp_path / "base.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    return path
+
+
+def command(fake_bin: Path, base: Path, *more: str) -> list[str]:
+    head = [sys.executable, "-m", "llamamem.cli", "serve", "--model", str(base), "--bin-dir", str(fake_bin)]
+    return [*head, "--port", "0", *more]
+
+
+def runs() -> list[Path]:
+    return sorted((Path(os.environ["XDG_STATE_HOME"]) / "llamamem" / "runs").glob("*.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_server_and_exits_with_0(fake_bin: Path, base: Path, number: int) -> None:
+    with subprocess.Popen(command(fake_bin, base, "--json"), stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        run = json.loads(launcher.stdout.readline())
+        assert run["state"] == "ready" and run["launcher_pid"] == launcher.pid and psutil.pid_exists(run["pid"])
+        launcher.send_signal(number)
+        assert launcher.wait(20) == 0
+    assert not psutil.pid_exists(run["pid"])
+    assert json.loads(runs()[0].read_text())["state"] == "stopped"
+
+
+def test_a_stubborn_server_is_killed_and_that_is_exit_status_3(fake_bin: Path, base: Path) -> None:
+    stubborn = command(fake_bin, base, "--json", "--grace", "0.3", "--", "--fake", "stubborn")
+    with subprocess.Popen(stubborn, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        run = json.loads(launcher.stdout.readline())
+        launcher.terminate()
+        assert launcher.wait(20) == 3
+    assert not psutil.pid_exists(run["pid"])
+
+
+def test_a_second_signal_does_not_wait_for_the_grace_time(fake_bin: Path, base: Path) -> None:
+    stubborn = command(fake_bin, base, "--json", "--grace", "600", "--", "--fake", "stubborn")
+    with subprocess.Popen(stubborn, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        launcher.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(1)
+        launcher.terminate()
+        assert launcher.wait(20) == 3
+
+
+@pytest.mark.parametrize(
+    "mode, status, said",
+    [
+        ("dies", 1, "ended by itself (status 7)"),
+        ("crash", 2, "tensor blk.0.x is missing"),
+        ("stall", 2, "logged nothing"),
+    ],
+)
+def test_how_it_ended_is_the_exit_status(fake_bin: Path, base: Path, mode: str, status: int, said: str) -> None:
+    line = command(fake_bin, base, "--stall-timeout", "1", "--", "--fake", mode)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stdout == ""
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert "fake: started" in done.stderr  # the log is shown in the foreground
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(fake_bin: Path, base: Path) -> None:
+    done = subprocess.run(
+        command(fake_bin, base, "--dry-run", "--json", "--", "-t", "2"), capture_output=True, text=True, timeout=60
+    )
+    plan = json.loads(done.stdout)
+    assert plan["profile"] == "base" and plan["argv"][-2:] == ["-t", "2"]
+    assert done.returncode == 0 and runs() == []
+
+
+def test_a_refusal_is_one_line_and_exit_status_2(fake_bin: Path, base: Path) -> None:
+    done = subprocess.run(command(fake_bin, base, "--", "--port=1"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and runs() == []
+    assert done.stderr.startswith("llamamem: error: profile base owns these options") and done.stderr.count("\n") == 1
