@@ -223,6 +223,7 @@ def _configure(
         f"-DPython_EXECUTABLE={sys.executable}",
         *(f"-D{d}" for d in defines),
     ]
+    arguments += [f"-DLLAMAMEM_PYTHONPATH={Path(__file__).resolve().parents[2]}"]
     arguments += ["-DLLAMAMEM_TESTS=ON"] if tests else []
     seen = place / "llamamem-configure.json"
     before = _read(seen) or {}

@@ -28,7 +28,7 @@ from llamamem.native.identity import EDITED, LOCK, Pin, build_identity, read_pin
 from llamamem.native.sdist import cache_dir, fetch_sdist, unpack
 from llamamem.native.series import PRISTINE, export, file_name, replay, write_series
 
-__all__ = ["apply", "edits", "fetch", "identity", "materialise", "refresh", "tree_path", "verify"]
+__all__ = ["apply", "edits", "fetch", "identity", "is_stale", "materialise", "refresh", "tree_path", "verify"]
 
 BRANCH = "llamamem"
 Say = Callable[[str], None]
@@ -187,6 +187,13 @@ def apply(root: Path | None = None, say: Say = _stderr) -> bool:
         return True
 
 
+def is_stale(root: Path | None = None) -> bool:
+    """Whether `apply` would have something to do: the tree is missing, or made from another pin or series."""
+    root = root or source_root()
+    note = _Note.read(Repository(tree_path(root)))
+    return note is None or note.inputs != _inputs(root, read_pin(root))
+
+
 def materialise(root: Path | None = None, say: Say = _stderr) -> Path:
     """What a build calls: `apply`, except that an edited tree is taken as it is, with a word about it."""
     root = root or source_root()
@@ -313,13 +320,16 @@ def _write_header(path: Path, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llamamem.native.vendor", description="What CMake calls.")
-    parser.add_argument("verb", choices=["materialise", "identity"])
+    parser = argparse.ArgumentParser(prog="python -m llamamem.native.vendor", description="What CMake and make call.")
+    parser.add_argument("verb", choices=["materialise", "identity", "requirement"])
     parser.add_argument("--header", type=Path, help="with identity: write it to this file as a C macro")
     args = parser.parse_args(argv)
     try:
         if args.verb == "materialise":
             print(materialise())
+        elif args.verb == "requirement":
+            pin = read_pin(source_root())
+            print(f"{pin.requirement} --hash=sha256:{pin.sha256}")
         elif args.header:
             _write_header(args.header, identity())
         else:

@@ -1,0 +1,82 @@
+# A thin face over the `llamamem` command and pytest. `make demo` or `make test` on a fresh clone does all the rest.
+
+PYTHON   ?= python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+LLAMAMEM := $(BIN)/llamamem
+CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches/src/*.cu tests/native/*.cpp tests/native/*.h)
+
+.PHONY: help setup python build demo test test-native test-python lint types format bench vendor-verify clean distclean
+
+# what is shared, the environment and the build, is made once; the closing lines stay pytest's
+.NOTPARALLEL:
+
+help:
+	@echo "make setup   the environment in .venv and the native build"
+	@echo "make demo    a small model answers with live memory"
+	@echo "make test    lint, types, native tests, Python tests"
+	@echo "make lint | types | format | bench | vendor-verify | clean | distclean"
+
+setup: python build
+
+# -- the environment: each stamp is a step that is not repeated until what it depends on changes
+
+python: $(VENV)/.package $(VENV)/.bindings
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.package: pyproject.toml | $(VENV)/.venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev]'
+	@touch $@
+
+# The bindings come from the pinned sdist, by hash, with nothing compiled: never a second, stock llama.cpp.
+$(VENV)/.bindings: vendor/llama.cpp.lock $(VENV)/.package
+	$(BIN)/python -m llamamem.native.vendor requirement > $(VENV)/bindings.txt
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		--no-binary llama-cpp-python --require-hashes --requirement $(VENV)/bindings.txt
+	@touch $@
+
+# -- the native runtime: `llamamem build` knows when there is nothing to do
+
+build: python
+	$(LLAMAMEM) build
+
+demo: setup
+	$(LLAMAMEM) demo
+
+bench: setup
+	$(LLAMAMEM) bench
+
+# -- checks; pytest comes last, its summary closes the log
+
+test: lint types test-native test-python
+
+test-native: python
+	dir=$$($(LLAMAMEM) build --tests) && $(BIN)/ctest --test-dir "$$dir" --output-on-failure --no-tests=error
+
+test-python: python
+	$(LLAMAMEM) build --tests > /dev/null
+	$(BIN)/python -m pytest
+
+lint: python
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_OURS)
+
+types: python
+	$(BIN)/mypy
+
+format: python
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $(CXX_OURS)
+
+vendor-verify: python
+	$(LLAMAMEM) vendor verify
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV) vendor/llama.cpp
