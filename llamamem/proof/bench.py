@@ -70,6 +70,7 @@ class Timing:
             "ratio_median": self.ratio_median,
             "ratio_min": self.ratio_min,
             "ratio_cpu": self.ratio_cpu,
+            "ratio_pair_median": statistics.median(self.ratio_pairs),
             "ratio_pairs": self.ratio_pairs,
         }
 

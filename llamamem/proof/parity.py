@@ -122,9 +122,10 @@ def load_states(path: str | os.PathLike[str], prefix: str = "") -> dict[str, np.
     """STATE_ARRAYS from a .npz file, where each name may have a prefix."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            missing = [prefix + name for name in STATE_ARRAYS if prefix + name not in file]
+            if missing:
+                raise LlamamemError(f"{path}: no array {missing[0]!r}: give --states-prefix, or another file")
             return {name: file[prefix + name] for name in STATE_ARRAYS}
-    except KeyError as e:
-        raise LlamamemError(f"{path}: no array {e.args[0]!r}: give --states-prefix, or another file") from e
     except (OSError, ValueError, EOFError, TypeError, AttributeError) as e:
         raise LlamamemError(f"{path}: not a .npz file of states ({e})") from e
 

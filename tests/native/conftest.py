@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # so that a spawned process finds native_runs
+from native_runs import make_model
 
 DATA = Path(__file__).parents[1] / "data" / "model_a"
-MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"
 
 Run = Callable[..., Any]
 
@@ -107,24 +105,6 @@ def sidecars(tmp_path_factory: pytest.TempPathFactory, cli: Run, base: Path) -> 
         done = cli("sidecar", "export", DATA, "--base", base, "--output", made[name], "--config", config)
         assert done.returncode == 0, done.stderr
     return made
-
-
-def make_model(folder: Path, preset: str, *args: str) -> tuple[Path, Path]:
-    """A random base of the preset and a sidecar for it."""
-    base, sidecar = folder / f"{preset}.gguf", folder / f"{preset}-memory.gguf"
-    command: list[str | Path] = [
-        sys.executable,
-        MAKE_MODEL,
-        "--preset",
-        preset,
-        "--output",
-        base,
-        "--sidecar",
-        sidecar,
-        *args,
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return base, sidecar
 
 
 @pytest.fixture(scope="session")

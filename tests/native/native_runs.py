@@ -1,7 +1,9 @@
-"""What the tests run in the process of a library variant: everything in, arrays and plain values out."""
+"""What the tests run in the process of a library variant, arrays and plain values out; and the random models."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 from llamamem.errors import LlamamemError
 from llamamem.native.runtime import Context, Model, State, eval_layer, load_library
 from llamamem.proof.fixtures import FixtureReport, check_fixtures
+
+MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"
 
 
 def logits(base: Path, sidecar: Path | None, ids: np.ndarray, *, mode: str = "batched", **options: Any) -> np.ndarray:
@@ -119,3 +123,21 @@ def run_layer(weights: dict[str, np.ndarray] | None, **arguments: Any) -> dict[s
 def layer_reports(paths: list[Path], atol: float) -> list[FixtureReport]:
     """Layer fixtures through the compiled op."""
     return check_fixtures(paths, ["native"], atol)
+
+
+def make_model(folder: Path, preset: str, *args: str) -> tuple[Path, Path]:
+    """A random base of the preset and a sidecar for it."""
+    base, sidecar = folder / f"{preset}.gguf", folder / f"{preset}-memory.gguf"
+    command: list[str | Path] = [
+        sys.executable,
+        MAKE_MODEL,
+        "--preset",
+        preset,
+        "--output",
+        base,
+        "--sidecar",
+        sidecar,
+        *args,
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return base, sidecar

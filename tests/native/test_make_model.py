@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_model
-from native_runs import logits
+from native_runs import logits, make_model
 
 pytestmark = pytest.mark.native
 
