@@ -1,0 +1,103 @@
+#include "common-rwkv-ms.h"
+
+#include "common.h"
+#include "log.h"
+
+#include <algorithm>
+
+// common_fit_params loads models by path only; it is not thread safe itself
+static thread_local common_rwkv_ms * rwkv_ms_current = nullptr;
+
+static std::string rwkv_ms_refusal(const common_params & params) {
+    const int32_t mode = llama_rwkv_ms_mode_from_name(params.rwkv_ms_mode.c_str());
+    if (mode < 0) {
+        return string_format("--rwkv-ms-mode %s: must be serial, fused or batched", params.rwkv_ms_mode.c_str());
+    }
+
+    // as llama_context does it
+    const int32_t n_ubatch = std::min(params.n_batch, params.n_ubatch == 0 ? params.n_batch : params.n_ubatch);
+
+    if (mode != LLAMA_RWKV_MS_MODE_BATCHED && params.n_parallel > 1) {
+        return string_format("--parallel %d: mode %s has one sequence, pass --parallel 1 or --rwkv-ms-mode batched",
+                params.n_parallel, params.rwkv_ms_mode.c_str());
+    }
+    if (mode == LLAMA_RWKV_MS_MODE_SERIAL && n_ubatch > 1) {
+        return string_format("--ubatch-size %d: mode serial processes one token at a time, pass --ubatch-size 1 or "
+                "--rwkv-ms-mode fused", n_ubatch);
+    }
+    if (params.n_cache_reuse > 0) {
+        return "--cache-reuse: the memory of the text that is cut out would stay, drop it";
+    }
+    if (!params.mmproj.path.empty() || !params.mmproj.url.empty()) {
+        return "--mmproj: the memory is for text only, pass --no-mmproj";
+    }
+
+    const auto & types = params.speculative.types;
+    if (params.speculative.has_dft() || std::any_of(types.begin(), types.end(), [](common_speculative_type type) {
+            return type != COMMON_SPECULATIVE_TYPE_NONE;
+        })) {
+        return "speculative decoding: not proven to roll the memory back, drop --model-draft and --spec-type";
+    }
+    return "";
+}
+
+bool common_rwkv_ms_check(const common_params & params) {
+    if (params.rwkv_ms_sidecar.empty()) {
+        return true;
+    }
+    const std::string refusal = rwkv_ms_refusal(params);
+    if (!refusal.empty()) {
+        LOG_ERR("rwkv-ms: refused with --rwkv-ms-sidecar: %s\n", refusal.c_str());
+    }
+    return refusal.empty();
+}
+
+common_rwkv_ms::~common_rwkv_ms() {
+    if (rwkv_ms_current == this) {
+        rwkv_ms_current = prev;
+    }
+}
+
+bool common_rwkv_ms::init(const common_params & params) {
+    if (params.rwkv_ms_sidecar.empty()) {
+        return true;
+    }
+    if (!common_rwkv_ms_check(params)) {
+        return false;
+    }
+    mode       = (llama_rwkv_ms_mode) llama_rwkv_ms_mode_from_name(params.rwkv_ms_mode.c_str());
+    path_model = params.model.path;
+
+    char err[1024];
+    sidecar        .reset(llama_rwkv_ms_sidecar_init(params.rwkv_ms_sidecar.c_str(), path_model.c_str(), err, sizeof(err)));
+    sidecar_measure.reset(sidecar ? llama_rwkv_ms_sidecar_init(params.rwkv_ms_sidecar.c_str(), nullptr,  err, sizeof(err)) : nullptr);
+    if (!sidecar || !sidecar_measure) {
+        LOG_ERR("rwkv-ms: %s\n", err);
+        return false;
+    }
+
+    prev            = rwkv_ms_current;
+    rwkv_ms_current = this;
+    return true;
+}
+
+bool common_rwkv_ms::set(llama_model * model) const {
+    char err[1024];
+    if (sidecar && !llama_model_set_rwkv_ms(model, sidecar.get(), mode, err, sizeof(err))) {
+        LOG_ERR("rwkv-ms: %s\n", err);
+        return false;
+    }
+    return true;
+}
+
+void common_rwkv_ms::measure(const char * path_model, llama_model * model) {
+    const common_rwkv_ms * cur = rwkv_ms_current;
+    if (!cur || cur->path_model != path_model) {
+        return;
+    }
+    // a base that it does not fit is refused by set(), with the weights loaded
+    char err[1024];
+    if (!llama_model_set_rwkv_ms(model, cur->sidecar_measure.get(), cur->mode, err, sizeof(err))) {
+        LOG_WRN("rwkv-ms: measuring without the sidecar: %s\n", err);
+    }
+}
