@@ -198,7 +198,7 @@ def test_layouts_with_batch_and_head_axes_mean_the_same(llamamem: Callable[..., 
 
 
 def test_two_sequences_in_a_file_are_checked_each(llamamem: Callable[..., Any], tmp_path: Path) -> None:
-    arrays, path = features(tmp_path)
+    arrays, _ = features(tmp_path)
     meta = arrays.pop("meta")
     twice = {name: np.stack([array.squeeze(), array.squeeze()]) for name, array in arrays.items()}
     np.savez(tmp_path / "twice.npz", **twice, meta=meta)
