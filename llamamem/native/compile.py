@@ -45,7 +45,7 @@ def run_ninja(command: list[str], log: Path) -> None:
     """Build; on failure the failing compiler lines go to standard error, and the error names the log."""
     env = os.environ | {"NINJA_STATUS": "[%f/%t] ", "CLICOLOR_FORCE": "0"}
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as file, _progress() as step:
+    with log.open("w", encoding="utf-8", buffering=1) as file, _progress() as step:
         file.write(f"$ {' '.join(command)}\n")
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env
