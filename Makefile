@@ -46,8 +46,13 @@ build: python
 demo: setup
 	$(LLAMAMEM) demo
 
-bench: setup
-	$(LLAMAMEM) bench
+# 0.8 GB of random weights in the layer shape of Gemma 4 E4B, made once
+build/bench/wide.gguf: tools/make_model.py | $(VENV)/.package
+	mkdir -p build/bench
+	$(BIN)/python tools/make_model.py --preset wide --output $@ --sidecar build/bench/wide-memory.gguf
+
+bench: setup build/bench/wide.gguf
+	$(LLAMAMEM) bench --model build/bench/wide.gguf --sidecar build/bench/wide-memory.gguf
 
 # -- checks; pytest comes last, its summary closes the log
 
