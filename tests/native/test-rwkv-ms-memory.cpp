@@ -400,7 +400,19 @@ static void test_refused_batches(llama_model * model) {
         batch.seq_id[1][0] = 0;
         batch.seq_id[1][1] = 1;
 
+        last_error.clear();
         CHECK(llama_decode(ctx.get(), batch) != 0);
+
+        // the same at the start of both, which is how a base shares a prompt
+        ctx_ptr ctx2 = ctx_init(model, 2, true);
+        batch.pos[0] = 0;
+        batch.pos[1] = 1;
+        batch.n_seq_id[0]  = 2;
+        batch.seq_id[0][1] = 1;
+        CHECK(llama_decode(ctx2.get(), batch) != 0);
+        CHECK(is_zero(state(ctx2.get(), 0)) && is_zero(state(ctx2.get(), 1)));
+        CHECK(llama_memory_seq_pos_max(llama_get_memory(ctx2.get()), 0) == -1);
+
         llama_batch_free(batch);
     }
 
