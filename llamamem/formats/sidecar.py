@@ -53,6 +53,7 @@ TYPES = (
 
 _MAX_FILE = 1 << 30  # bytes; the published file has 1.7 MB
 _MAX_PERIOD = 1 << 24  # chunk * states: the runtime keeps the counter modulo this in fp32
+_MAX_STATE = 1 << 24  # values of one layer's state
 _SHORT = {
     "memory_q_proj": "mem_q",
     "memory_k_proj": "mem_k",
@@ -106,6 +107,10 @@ def read_sidecar(path: str | Path) -> Sidecar:
     if index.get("general.alignment", ALIGNMENT) != ALIGNMENT:
         raise LlamamemError(f"{path}: key 'general.alignment' is not {ALIGNMENT}")
     tensors = {tensor.name: tensor for tensor in read_gguf_tensors(index)}
+    ends = [info.offset + len(tensors[info.name].data) for info in index.tensors]
+    end = index.data_start + -(-max(ends, default=0) // ALIGNMENT) * ALIGNMENT
+    if path.stat().st_size > end:
+        raise LlamamemError(f"{path}: {path.stat().st_size - end} bytes follow its last tensor; export it again")
     return check_sidecar(path, index.fields, tensors)
 
 
@@ -117,7 +122,7 @@ def check_sidecar(path: Path, fields: dict[str, GgufField], tensors: dict[str, G
         raise LlamamemError(f"{path}: key '{PREFIX}format_version' is {version}; 1 and 2 are known")
     keys.expect("schema", f"{SCHEMA}.v{version}")
     keys.expect("tensor_name_format", NAME_FORMAT)
-    if version == 2 or PREFIX + "rwkv_ms_state_dtype" in fields:
+    if PREFIX + "rwkv_ms_state_dtype" in fields:
         keys.expect("rwkv_ms_state_dtype", "f32")
     semantics = keys.get("rwkv_ms_semantics_version", default=1 if version == 1 else None)
     if not 1 <= semantics <= version:
@@ -138,9 +143,11 @@ def check_sidecar(path: Path, fields: dict[str, GgufField], tensors: dict[str, G
     if size["rwkv_ms_chunk_size"] * size["rwkv_ms_num_states"] > _MAX_PERIOD:
         raise LlamamemError(f"{where}: rwkv_ms_chunk_size * rwkv_ms_num_states is over {_MAX_PERIOD}")
     alpha = keys.equal("alpha", float(np.float32(cfg.number(where, config, "alpha"))))
-    base_sha256 = keys.get("base_gguf_sha256")
+    if size["num_state_heads"] * size["rwkv_ms_num_states"] * size["rank"] ** 2 > _MAX_STATE:
+        raise LlamamemError(f"{where}: rank, heads and states give a state of over {_MAX_STATE} values a layer")
+    base_sha256 = keys.get("base_gguf_sha256").lower()
     if not re.fullmatch("[0-9a-f]{64}", base_sha256):
-        raise LlamamemError(f"{path}: key '{PREFIX}base_gguf_sha256' is not 64 lower-case hex digits")
+        raise LlamamemError(f"{path}: key '{PREFIX}base_gguf_sha256' is not 64 hex digits")
 
     delta_heads = keys.json("delta_heads_json", list)
     if not delta_heads or any(h not in HEADS for h in delta_heads) or len(set(delta_heads)) != len(delta_heads):
@@ -210,7 +217,8 @@ def _layers(keys: _Keys, delta_heads: list[str]) -> tuple[AttentionLayer, ...]:
         if not isinstance(entry, dict) or entry.get("layer") != target:
             raise LlamamemError(f"{where}: this entry is of another layer or no object")
         kind = cfg.choice(where, entry, "attention_kind", (SLIDING, FULL, "sliding", "full"))
-        if set(entry.get("active_delta_heads", delta_heads)) != set(delta_heads):
+        active = entry.get("active_delta_heads", delta_heads)
+        if not isinstance(active, list) or sorted(map(str, active)) != sorted(delta_heads):
             raise LlamamemError(f"{where}: active_delta_heads differ from delta_heads_json, which is not implemented")
         width = {
             head: None if entry.get(f"{head}_out") is None else cfg.integer(where, entry, f"{head}_out", 0, 1 << 20)
@@ -248,28 +256,31 @@ def _check_shapes(sidecar: Sidecar, rankwise: bool) -> None:
         for x in "wag":
             expected |= {f"{n}rwkv.{x}1": (D, "L"), f"{n}rwkv.{x}2": ("L", D)}
         for head in HEADS:
-            width = layer.width(head)
-            expected[f"{n}delta_{head}"] = (width or "any", D)
+            if width := layer.width(head):
+                expected[f"{n}delta_{head}"] = (width, D)
             if head not in sidecar.delta_heads:
                 optional.add(f"{n}delta_{head}")
+        if layer.o_out not in (0, H):
+            raise LlamamemError(f"{sidecar.path}: per_layer_attention_json, layer {layer.layer}: o_out is not {H}")
     lora = next((t.shape[-1] for name, t in sidecar.tensors.items() if name.endswith(".rwkv.w1")), 0)
     for name, shape in expected.items():
-        want = tuple(lora if n == "L" else n for n in shape)
+        want = tuple(lora if n == "L" else int(n) for n in shape)
         tensor = sidecar.tensors.get(name)
         if tensor is None:
             if name not in optional:
                 raise LlamamemError(f"{sidecar.path}: tensor '{name}' {list(want)} is missing")
-        elif not _fits(tensor.shape, want):
+        elif _plain(tensor.shape) != _plain(want):
             raise LlamamemError(f"{sidecar.path}: tensor '{name}' has shape {list(tensor.shape)}, must be {list(want)}")
     for name, tensor in sidecar.tensors.items():
-        if name not in expected and not name.startswith("tensor."):
+        if name not in expected:
             raise LlamamemError(f"{sidecar.path}: tensor '{name}' is unknown or of a layer that is not a target")
         if not np.isfinite(values(tensor)).all():
             raise LlamamemError(f"{sidecar.path}: tensor '{name}' holds NaN or infinity")
 
 
-def _fits(shape: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(want) and all(w in ("any", n) for n, w in zip(shape, want, strict=True))
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without leading ones, which some writers of GGUF leave out."""
+    return _plain(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
 
 
 def _check_manifest(sidecar: Sidecar, keys: _Keys) -> None:
@@ -287,8 +298,12 @@ def _check_manifest(sidecar: Sidecar, keys: _Keys) -> None:
         entry, said = manifest[name], manifest_entry(tensor, str(manifest[name].get("source_name")))
         if short_name(said["source_name"]) != name:
             raise LlamamemError(f"{path}: manifest entry '{name}' has another tensor's source_name")
+        # the type's name may stand behind that of its enum
+        found = entry | {"gguf_type": str(entry.get("gguf_type")).rpartition(".")[2].upper()}
+        if isinstance(found.get("shape"), list) and _plain(tuple(found["shape"])) == _plain(tensor.shape):
+            found["shape"] = said["shape"]
         for key in ("sha256_raw", "shape", "gguf_type", "numel", "bytes"):
-            if entry.get(key) != said[key]:
+            if found.get(key) != said[key]:
                 raise LlamamemError(
                     f"{path}: tensor '{name}': {key} is {said[key]}, its manifest entry says {entry.get(key)}; "
                     "fetch or export the file again"

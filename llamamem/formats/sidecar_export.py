@@ -90,16 +90,16 @@ def _compose(
     outside = [t for t in targets if type(t) is not int or not 0 <= t < len(model.layers)]
     if outside:
         raise LlamamemError(f"{where}: target layer {outside[0]} is not one of the {len(model.layers)} of {model.path}")
-    attention = [_attention(model.layers[t], heads, tensors) for t in targets]
+    attention = [_attention(where, model.layers[t], heads, tensors) for t in targets]
     version = "rwkv_ms_semantics_version"
     values: dict[str, Any] = {
         "schema": f"{SCHEMA}.v2",
         "format_version": 2,
         "status": "exported",
-        "memory_type": str(source.metadata.get("memory_type") or "delta-mem-rwkv-ms"),
+        "memory_type": _text(source.metadata.get("memory_type") or "delta-mem-rwkv-ms"),
         "memory_backend": cfg.choice(where, config, "memory_backend", ("rwkv_ms",)),
         "memory_readout_mode": cfg.choice(where, config, "memory_readout_mode", ("delta",)),
-        "base_model": str(source.metadata.get("base_model") or model.name),
+        "base_model": _text(source.metadata.get("base_model") or model.name),
         "checkpoint_repo": checkpoint_repo,
         "base_gguf": model.path.name,
         "base_gguf_sha256": base_sha256,
@@ -129,11 +129,22 @@ def _compose(
     return fields | {PREFIX + key: GgufField(TYPES[key], value) for key, value in values.items()}, tensors
 
 
-def _attention(layer: AttentionLayer, heads: list[str], tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+def _attention(where: str, layer: AttentionLayer, heads: list[str], tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """An entry of per_layer_attention_json; heads that have a tensor but are not active are there for compatibility."""
-    present = [head for head in HEADS if f"blk.{layer.layer}.delta_{head}" in tensors]
+    entry, present = asdict(layer), []
+    for head in HEADS:
+        tensor = tensors.get(f"blk.{layer.layer}.delta_{head}")
+        if entry[f"{head}_out"] is None and head in heads:
+            raise LlamamemError(
+                f"{where}: delta head {head} is active on layer {layer.layer}, which shares the keys and values of an "
+                "earlier layer; only q and o are possible there"
+            )
+        if tensor is not None:
+            present.append(head)
+            if entry[f"{head}_out"] is None:
+                entry[f"{head}_out"] = tensor.shape[0]
     compat = [head for head in present if head not in heads]
-    return asdict(layer) | {"active_delta_heads": heads, "compat_delta_heads": compat}
+    return entry | {"active_delta_heads": heads, "compat_delta_heads": compat}
 
 
 def _hooks(heads: list[str]) -> list[str]:
@@ -161,4 +172,9 @@ def _refuse_overwriting(output: Path, source: Path) -> None:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _text(value: Any) -> str:
+    """A lone surrogate is legal in JSON and cannot be written as UTF-8."""
+    return str(value).encode("utf-8", "replace").decode("utf-8")

@@ -145,7 +145,9 @@ def test_export_says_what_does_not_fit(llamamem: Callable[..., Any], model_a: Pa
         return result.err
 
     assert "target layer 12 is not one of the 12" in export(target_layers=[0, 12])
-    assert "k_out is missing" in export(target_layers=[6], delta_heads=["k"])  # shares the keys of an earlier layer
+    assert "delta head k is active on layer 6" in export(
+        target_layers=[6], delta_heads=["k"]
+    )  # shares the keys of an earlier layer
     assert "rank 9" in export(rank=9) or "has shape" in export(rank=9)
     assert "no such file" in export(base=tmp_path / "nowhere.gguf")
     assert "not a GGUF file" in export(base=tmp_path / "delta_mem_adapter.pt")

@@ -61,6 +61,16 @@ def config_with(sidecar: Sidecar, drop: str = "", **changes: Any) -> dict[str, A
     return {"config_json": json.dumps(config)}
 
 
+def test_manifests_of_other_writers_load(exported: Path, tmp_path: Path) -> None:
+    sidecar = read_sidecar(exported)
+    manifest = json.loads(sidecar.fields[f"{PREFIX}tensor_manifest_json"].value)
+    for entry in manifest:
+        entry |= {"gguf_type": "GGMLQuantizationType.BF16", "torch_dtype": "bfloat16", "note": 1}
+    keys = {"tensor_manifest_json": json.dumps(manifest, indent=1), "base_gguf_sha256": sidecar.base_sha256.upper()}
+    again = read_sidecar(edited(sidecar, tmp_path / "x.gguf", keys))
+    assert again.tensors == sidecar.tensors and again.base_sha256 == sidecar.base_sha256
+
+
 def test_version_1_files_load(exported: Path, tmp_path: Path) -> None:
     keys = {"schema": "delta_mem_rwkv_ms_memory_gguf_sidecar.v1", "format_version": 1}
     absent: dict[str, Any] = {"rwkv_ms_semantics_version": None, "rwkv_ms_state_dtype": None}
@@ -99,7 +109,6 @@ U32, STRING, ARRAY = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.STRING, gguf.
         ({"rwkv_ms_semantics_version": 2}, "rwkv_ms_semantics_version"),  # config_json says 1
         ({"rwkv_ms_semantics_version": None}, "rwkv_ms_semantics_version"),
         ({"rwkv_ms_state_dtype": "f16"}, "rwkv_ms_state_dtype"),
-        ({"rwkv_ms_state_dtype": None}, "rwkv_ms_state_dtype"),
         ({"tensor_name_format": "plain"}, "tensor_name_format"),
         ({"base_gguf_sha256": None}, "base_gguf_sha256"),
         ({"base_gguf_sha256": "xyz"}, "base_gguf_sha256"),
@@ -197,6 +206,7 @@ def test_tensors_that_are_refused(exported: Path, tmp_path: Path) -> None:
     nan = np.frombuffer(matrix.data, "<u2").copy()
     nan[7] = 0x7FC0
     extra = GgufTensor("blk.2.rwkv.new", "BF16", (8,), bytes(16))
+    other = GgufTensor("tensor.11f6ad8ec52a2984", "BF16", (8,), bytes(16))
     cases = {
         "'blk.2.mem_v' .* is missing": good[: at["blk.2.mem_v"]] + good[at["blk.2.mem_v"] + 1 :],
         "'blk.2.mem_v' has shape": changed("blk.2.mem_v", shape=(64, 8)),
@@ -204,6 +214,7 @@ def test_tensors_that_are_refused(exported: Path, tmp_path: Path) -> None:
         "'blk.5.delta_q' has shape": changed("blk.5.delta_q", shape=(64, 16)),
         "'blk.5.rwkv.w2' has shape": changed("blk.5.rwkv.w2", shape=(16, 16)),
         "'blk.2.rwkv.new' is unknown": [*good, extra],
+        "'tensor.11f6ad8ec52a2984' is unknown": [*good, other],
         "'blk.9.mem_v' is unknown": [*good, replace(matrix, name="blk.9.mem_v")],
         "'blk.2.lambda' is unknown": [*good, replace(matrix, name="blk.2.lambda")],
     }
@@ -218,6 +229,12 @@ def test_a_changed_byte_of_a_tensor_is_noticed(exported: Path, tmp_path: Path) -
     data[-32] ^= 1  # the last tensor has 16 bytes and as many of padding
     (tmp_path / "bad.gguf").write_bytes(data)
     with pytest.raises(LlamamemError, match="sha256_raw"):
+        read_sidecar(tmp_path / "bad.gguf")
+
+
+def test_bytes_after_the_last_tensor(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(exported.read_bytes() + bytes(5))
+    with pytest.raises(LlamamemError, match="5 bytes follow its last tensor"):
         read_sidecar(tmp_path / "bad.gguf")
 
 
