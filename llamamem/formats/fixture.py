@@ -126,7 +126,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise LlamamemError(f"{path}: no such fixture") from None
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise LlamamemError(f"{path}: not a readable .npz fixture ({e})") from None
 
 

@@ -104,6 +104,22 @@ def test_mutants_of_semantics_2_fail(
     assert llamamem("fixture", "check", layer(layers, "v2_h64_t64_c16")).status == 1
 
 
+def test_both_engines_are_checked_each(
+    llamamem: Callable[..., Any], layers: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("llamamem.native.runtime")
+    path = layer(layers, "v1_h64_t7_c4")
+    monkeypatch.setattr(runtime, "eval_layer", oracle.eval_layer)
+    result = llamamem("fixture", "check", path, "--engine", "both", "--json")
+    assert result.status == 0
+    assert [entry["engine"] for entry in json.loads(result.out)["files"]] == ["numpy", "native"]
+    monkeypatch.setattr(runtime, "eval_layer", mutant(*MUTANTS["sign of a"]).eval_layer)
+    result = llamamem("fixture", "check", path, "--engine", "both", "--json")
+    assert result.status == 1
+    assert [entry["ok"] for entry in json.loads(result.out)["files"]] == [True, False]
+    assert llamamem("fixture", "check", path, "--engine", "native").status == 1
+
+
 def test_a_difference_just_over_atol_fails_and_is_named(
     llamamem: Callable[..., Any], layers: list[Path], tmp_path: Path
 ) -> None:
