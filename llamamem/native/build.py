@@ -194,9 +194,8 @@ def _build(
     if fresh and all((place / "bin" / name).is_file() for name in PROGRAMS):
         print(f"llamamem: {backend} build {identity} is up to date: {place}", file=sys.stderr)
         return made
-    cmake, ninja = tools.cmake(), tools.ninja()
     tools.compilers()
-    _configure(root, place, backend, arch, defines, tests, cmake, ninja)
+    ninja = _configure(root, place, backend, arch, defines, tests)
     log = place / "build.log"
     (place / _NOTE).unlink(missing_ok=True)
     print(f"llamamem: {backend} build {identity}, log: {log}", file=sys.stderr)
@@ -209,32 +208,34 @@ def _build(
     return replace(made, identity=str(said))
 
 
-def _configure(
-    root: Path, place: Path, backend: str, arch: str | None, defines: Sequence[str], tests: bool, cmake: str, ninja: str
-) -> None:
-    """Run CMake when its arguments are new; ninja runs it again by itself for anything else."""
-    arguments = [
-        f"-DLLAMAMEM_BACKEND={backend}",
-        f"-DLLAMAMEM_CUDA_ARCH={arch or ''}",
-        "-DLLAMAMEM_EXACT_GELU_VARIANT=ON",
-    ]
-    arguments += [
-        f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        *(f"-D{d}" for d in defines),
-    ]
-    arguments += [f"-DLLAMAMEM_PYTHONPATH={Path(__file__).resolve().parents[2]}"]
-    arguments += ["-DLLAMAMEM_TESTS=ON"] if tests else []
+def _configure(root: Path, place: Path, backend: str, arch: str | None, defines: Sequence[str], tests: bool) -> str:
+    """Run CMake when its arguments are new; ninja, whose path is returned, runs it by itself for anything else."""
     seen = place / "llamamem-configure.json"
     before = _read(seen) or {}
     if before and before.get("source") != str(root):
         shutil.rmtree(place)  # the checkout was moved, and CMake's cache is full of the old place
-    configured = before.get("source") == str(root) and set(arguments) <= set(before.get("arguments", []))
-    if not (configured and (place / "build.ninja").is_file()):
+        before = {}
+    # The tools of last time, as long as they run: another version of CMake compiles everything again, and which one
+    # comes first on PATH changes with every activated environment.
+    cmake = before["cmake"] if tools.version(before.get("cmake", "")) else tools.cmake()
+    ninja = before["ninja"] if tools.version(before.get("ninja", "")) else tools.ninja()
+    arguments = [
+        f"-DLLAMAMEM_BACKEND={backend}",
+        f"-DLLAMAMEM_CUDA_ARCH={arch or ''}",
+        f"-DLLAMAMEM_PYTHONPATH={Path(__file__).resolve().parents[2]}",
+        "-DLLAMAMEM_EXACT_GELU_VARIANT=ON",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        *(f"-D{define}" for define in defines),
+        *(["-DLLAMAMEM_TESTS=ON"] if tests else []),
+    ]
+    if not set(arguments) <= set(before.get("arguments", [])) or not (place / "build.ninja").is_file():
         place.mkdir(exist_ok=True)
         seen.unlink(missing_ok=True)
         run_cmake([cmake, "-S", str(root), "-B", str(place), "-G", "Ninja", *arguments], place / "configure.log")
-        seen.write_text(json.dumps({"source": str(root), "arguments": arguments}, indent=2) + "\n", encoding="utf-8")
+        note = {"source": str(root), "cmake": cmake, "ninja": ninja, "arguments": arguments}
+        seen.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return ninja
 
 
 def _cores() -> int:

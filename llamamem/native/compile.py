@@ -101,16 +101,16 @@ def _progress() -> Iterator[Step]:
 
 
 def _sparse() -> Step:
-    """A line at the start, at every tenth, and at the end: a log is read by people too."""
+    """A line at every tenth of a build that takes a while: a log is read by people too."""
     shown = -1
     started = time.monotonic()
 
     def step(done: int, total: int, what: str) -> None:
         nonlocal shown
         tenth = 10 * done // total
-        if total > 1 and tenth != shown:
+        took = time.monotonic() - started
+        if took > 5 and tenth != shown:
             shown = tenth
-            took = time.monotonic() - started
             print(f"llamamem: building {done}/{total} ({took:.0f} s)", file=sys.stderr, flush=True)
 
     return step

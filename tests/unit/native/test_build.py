@@ -88,6 +88,20 @@ def test_a_changed_source_is_an_incremental_build_in_the_same_place(
     assert called(calls) == ["cmake", "ninja", "ninja"]
 
 
+def test_the_tools_of_the_first_build_are_kept(
+    root: Path, calls: Path, tmp_path: Path, llamamem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llamamem("build")
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    for name in ("cmake", "ninja"):
+        (newer / name).write_text("#!/bin/sh\n[ $1 = --version ] && echo 99.0 || exit 1\n")
+        (newer / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{newer}{os.pathsep}{os.environ['PATH']}")
+    assert llamamem("build", "--tests").status == 0
+    assert called(calls) == ["cmake", "ninja", "cmake", "ninja"]
+
+
 def test_flags_and_backends_have_directories_of_their_own(calls: Path, llamamem) -> None:
     places = {llamamem("build").out, llamamem("build", "-D", "GGML_NATIVE=OFF").out}
     places.add(llamamem("build", "--backend", "cuda", "--arch", "90").out)
