@@ -81,11 +81,35 @@ bool common_rwkv_ms::init(const common_params & params) {
     return true;
 }
 
+// "0-5,11"
+static std::string rwkv_ms_layers(const llama_model * model, uint32_t n_layer) {
+    std::string res;
+    for (uint32_t i = 0, j; i < n_layer; i = j) {
+        const int32_t first = llama_model_rwkv_ms_layer(model, i);
+        for (j = i + 1; j < n_layer && llama_model_rwkv_ms_layer(model, j) == first + (int32_t) (j - i); ++j) {}
+
+        res += (i > 0 ? "," : "") + std::to_string(first) + (j - i > 1 ? "-" + std::to_string(first + (int32_t) (j - i) - 1) : "");
+    }
+    return res;
+}
+
 bool common_rwkv_ms::set(llama_model * model) const {
+    if (!sidecar) {
+        return true;
+    }
+
     char err[1024];
-    if (sidecar && !llama_model_set_rwkv_ms(model, sidecar.get(), mode, err, sizeof(err))) {
+    if (!llama_model_set_rwkv_ms(model, sidecar.get(), mode, err, sizeof(err))) {
         LOG_ERR("rwkv-ms: %s\n", err);
         return false;
+    }
+
+    // here and not in libllama, whose own lines are not shown by default
+    llama_rwkv_ms_info info;
+    if (llama_model_rwkv_ms_info(model, &info)) {
+        LOG_INF("rwkv-ms: memory active: layers=%s rank=%u states=%u chunk=%u semantics=%u mode=%s sidecar=%s base=%s\n",
+                rwkv_ms_layers(model, info.n_layer).c_str(), info.rank, info.n_state, info.n_chunk, info.semantics,
+                llama_rwkv_ms_mode_name(info.mode), info.sidecar_sha256, info.base_sha256);
     }
     return true;
 }
