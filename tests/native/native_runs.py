@@ -29,27 +29,31 @@ def logits_and_states(base: Path, sidecar: Path, ids: np.ndarray, **options: Any
 
 
 def continue_after(
-    base: Path, sidecar: Path, ids: np.ndarray, n_before: int, how: str, **options: Any
+    base: Path, sidecar: Path | None, ids: np.ndarray, n_before: int, how: str
 ) -> tuple[np.ndarray, np.ndarray, list[State], list[State]]:
-    """Decodes n_before ids, saves, goes on: logits and states. Then loads as `how` says and goes on again: the same.
+    """Decodes n_before ids, saves, and goes on: the logits. Then loads as `how` says, and goes on again: the logits.
 
     `how`: `same` (into the same context, disturbed since), `other` (into another sequence), `fresh` (into another
-    context) or `whole` (the whole context's state, into another context).
+    context) or `whole` (the whole context's state, into another context). Last, the states when saved and when loaded.
     """
-    options = {"n_seq_max": 2, **options}
+
+    def states(context: Context, seq: int) -> list[State]:
+        return context.states(seq) if sidecar else []
+
+    options = {"n_seq_max": 2}
     before, after = ids[:n_before], ids[n_before:]
-    with Model.open(base, sidecar) as model, _context(model, 2 * len(ids), options) as first:
+    with Model.open(base, sidecar) as model, _context(model, len(ids), options) as first:
         first.decode(before)
-        saved = first.save(None if how == "whole" else 0)
-        expected, expected_states = first.decode(after, n_before), first.states(0)
+        saved, saved_states = first.save(None if how == "whole" else 0), states(first, 0)
+        expected = first.decode(after, n_before)
         seq = 1 if how == "other" else 0
-        with _context(model, 2 * len(ids), options) as second:
+        with _context(model, len(ids), options) as second:
             context = first if how in ("same", "other") else second
             if context is second:
                 context.decode(ids[::-1][: n_before // 2], seq=seq)  # something to be replaced
             context.load(saved, None if how == "whole" else seq)
-            got = context.decode(after, n_before, seq)
-            return expected, got, expected_states, context.states(seq)
+            loaded_states = states(context, seq)
+            return expected, context.decode(after, n_before, seq), saved_states, loaded_states
 
 
 def interleaved(

@@ -66,27 +66,31 @@ def test_product_build_matches_reference_with_its_gelu(
     assert diff(got, reference[f"{prompt}_mem_v1_gelu16"]) <= PRODUCT
 
 
+@pytest.mark.parametrize("prompt", ["p0", "p1"])
 @pytest.mark.parametrize("n_ubatch", [1, 2, 7, 32, 64])
-@pytest.mark.parametrize("build", ["product", "exact"])
+@pytest.mark.parametrize(("build", "rounding"), [("product", PRODUCT), ("exact", 3e-5)])
 def test_splits_agree_as_well_as_stock_does(
     request: pytest.FixtureRequest,
     base: Path,
     sidecars: dict[str, Path],
     reference: dict[str, np.ndarray],
+    prompt: str,
     n_ubatch: int,
     build: str,
+    rounding: float,
 ) -> None:
     """Any microbatch against one of 512, beside the base's own difference on the same tokens.
 
-    Other kernels and sum orders at other sizes make the base differ too: on this model by nothing from -ub 2 on, by
-    some 5e-3 at -ub 1 with the GELU table, where a difference of one rounding can move a value to the next entry.
+    Where the base splits without a difference, so does the sidecar. At -ub 1 and 2 the base's kernels take sums in
+    another order; then the sidecar may differ by roundings too. With the GELU table, one rounding can move a value
+    to the next entry of the table, which shows as some 1e-3 in either or in one of the two only.
     """
     run = request.getfixturevalue(build)
-    ids = reference["p0_ids"]
+    ids = reference[f"{prompt}_ids"]
 
     def split_difference(sidecar: Path | None) -> float:
         one, split = (run(logits, base, sidecar, ids, n_ubatch=n) for n in (512, n_ubatch))
         return diff(one, split)
 
     stock = split_difference(None)
-    assert split_difference(sidecars["v1"]) <= max(2 * stock, 1e-5)
+    assert split_difference(sidecars["v1"]) <= (max(2 * stock, rounding) if stock else 0)
