@@ -32,7 +32,7 @@ class Option:
 
 _DRAFT_SHORT = "-md -hfd -hfrd -td -tbd -Cd -Crd -Cbd -ctkd -ctvd -otd -cmoed -ncmoed -devd -ngld -lcs -lcd".split()
 _DRAFT_LONG = (
-    "threads threads-batch cpu-mask cpu-range cpu-strict prio poll cpu-mask-batch cpu-range-batch cpu-strict-batch "
+    "threads threads-batch cpu-mask cpu-range cpu-strict prio poll cpu-mask-batch cpu-strict-batch "
     "prio-batch poll-batch cache-type-k cache-type-v override-tensor n-cpu-moe device gpu-layers n-gpu-layers model "
     "hf-repo"
 ).split()

@@ -114,6 +114,19 @@ def test_the_log_says_that_memory_is_active(serve: Serve, model: Path, sidecar: 
     assert f"sidecar={file_sha256(sidecar)}" in lines[0] and f"base={file_sha256(model)}" in lines[0]
 
 
+def test_the_serial_log_carries_the_evidence_of_every_constraint(serve: Serve, tmp_path: Path) -> None:
+    running = serve("serial")
+    for line in (
+        "one slot",
+        "prompt cache off",
+        "context checkpoints off",
+        "warm-up skipped",
+        f"slot save/restore enabled: {tmp_path}",
+        "exact-prefix reuse",
+    ):
+        assert running.log.count(f"rwkv-ms: {line}") == 1, line
+
+
 def test_the_version_names_the_build(build: Build) -> None:
     done = subprocess.run([f"{build.bin_dir}/llama-server", "--version"], capture_output=True, text=True)
     assert f"llamamem: {build.identity}" in (done.stdout + done.stderr).splitlines()
