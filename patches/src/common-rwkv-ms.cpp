@@ -23,7 +23,8 @@ static std::string rwkv_ms_refusal(const common_params & params) {
     }
     if (mode == LLAMA_RWKV_MS_MODE_SERIAL && n_ubatch > 1) {
         return string_format("--ubatch-size %d: mode serial processes one token at a time, pass --ubatch-size 1 or "
-                "--rwkv-ms-mode fused", n_ubatch);
+                             "--rwkv-ms-mode fused",
+                n_ubatch);
     }
     if (params.n_cache_reuse > 0) {
         return "--cache-reuse: the memory of the text that is cut out would stay, drop it";
@@ -69,8 +70,8 @@ bool common_rwkv_ms::init(const common_params & params) {
     path_model = params.model.path;
 
     char err[1024];
-    sidecar        .reset(llama_rwkv_ms_sidecar_init(params.rwkv_ms_sidecar.c_str(), path_model.c_str(), err, sizeof(err)));
-    sidecar_measure.reset(sidecar ? llama_rwkv_ms_sidecar_init(params.rwkv_ms_sidecar.c_str(), nullptr,  err, sizeof(err)) : nullptr);
+    sidecar.reset(llama_rwkv_ms_sidecar_init(params.rwkv_ms_sidecar.c_str(), path_model.c_str(), err, sizeof(err)));
+    sidecar_measure.reset(sidecar ? llama_rwkv_ms_sidecar_init(params.rwkv_ms_sidecar.c_str(), nullptr, err, sizeof(err)) : nullptr);
     if (!sidecar || !sidecar_measure) {
         LOG_ERR("rwkv-ms: %s\n", err);
         return false;

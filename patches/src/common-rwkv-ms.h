@@ -23,7 +23,7 @@ struct common_rwkv_ms {
     common_rwkv_ms() = default;
     ~common_rwkv_ms();
 
-    common_rwkv_ms(const common_rwkv_ms &) = delete;
+    common_rwkv_ms(const common_rwkv_ms &)             = delete;
     common_rwkv_ms & operator=(const common_rwkv_ms &) = delete;
 
     // Before the model is loaded: checks the parameters, reads the sidecar and starts to hash the base.

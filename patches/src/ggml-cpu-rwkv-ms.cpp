@@ -14,18 +14,20 @@ struct ggml_rwkv_ms_weights {
     const float * lambda_b = nullptr; // stays so if coupled
     const float * x[6]     = {};      // r w k v a g
 
+    // clang-format off
     const float * w0 = nullptr, * a0 = nullptr, * k_k = nullptr, * k_a = nullptr, * ln_x = nullptr;
     const float * w1 = nullptr, * a1 = nullptr, * g1  = nullptr;
     const float * w2 = nullptr, * a2 = nullptr, * g2  = nullptr;
 
     const float * receptance = nullptr, * key = nullptr, * value = nullptr, * output = nullptr;
+    // clang-format on
 
     ggml_rwkv_ms_weights(const ggml_rwkv_ms_params & p, const float * w) {
         if (w == nullptr) {
             return;
         }
 
-        const int D = p.n_head*p.n_rank;
+        const int D = p.n_head * p.n_rank;
         const int L = p.n_lora;
 
         auto take = [&w](int n) { const float * res = w; w += n; return res; };
@@ -39,10 +41,10 @@ struct ggml_rwkv_ms_weights {
             *v = take(D);
         }
         for (auto * v : { &w1, &a1, &g1, &w2, &a2, &g2 }) {
-            *v = take(D*L);
+            *v = take(D * L);
         }
         for (auto * v : { &receptance, &key, &value, &output }) {
-            *v = take(D*D);
+            *v = take(D * D);
         }
     }
 };
@@ -51,45 +53,47 @@ struct ggml_rwkv_ms_weights {
 struct ggml_rwkv_ms_scratch {
     std::vector<float> buf;
 
+    // clang-format off
     float * row;
     float * s, * beta, * lam, * r, * w, * decay, * k, * v, * a, * b, * g, * read, * out; // [D]
-    float * route;                 // [N*M]
+    float * route;                  // [N*M]
     float * keep, * erase, * write; // [D]
-    float * x, * y;                // [D]
-    float * lora;                  // [L]
-    float * tmp;                   // [M*R]
+    float * x, * y;                 // [D]
+    float * lora;                   // [L]
+    float * tmp;                    // [M*R]
+    // clang-format on
 
     ggml_rwkv_ms_scratch(const ggml_rwkv_ms_params & p) {
-        const int D = p.n_head*p.n_rank;
+        const int D = p.n_head * p.n_rank;
 
-        buf.resize(18*D + p.n_head*p.n_state + p.n_lora + p.n_state*p.n_rank);
+        buf.resize(18 * D + p.n_head * p.n_state + p.n_lora + p.n_state * p.n_rank);
 
-        float * ptr = buf.data();
-        auto take = [&ptr](int n) { float * res = ptr; ptr += n; return res; };
+        float * ptr  = buf.data();
+        auto    take = [&ptr](int n) { float * res = ptr; ptr += n; return res; };
 
         row = ptr;
         for (auto * t : { &s, &beta, &lam, &r, &w, &decay, &k, &v, &a, &b, &g, &read, &out }) {
             *t = take(D);
         }
-        route = take(p.n_head*p.n_state);
+        route = take(p.n_head * p.n_state);
         for (auto * t : { &keep, &erase, &write, &x, &y }) {
             *t = take(D);
         }
         lora = take(p.n_lora);
-        tmp  = take(p.n_state*p.n_rank);
+        tmp  = take(p.n_state * p.n_rank);
     }
 };
 
 // memory source, gates and the features of the scan
 static void ggml_rwkv_ms_token_features(
-        const ggml_rwkv_ms_params  & p,
+        const ggml_rwkv_ms_params &  p,
         const ggml_rwkv_ms_weights & w,
-        const float                * in,   // [D + G (+ G)]
-        const float                * prev, // [D]
-              ggml_rwkv_ms_scratch & t) {
+        const float *                in,   // [D + G (+ G)]
+        const float *                prev, // [D]
+        ggml_rwkv_ms_scratch &       t) {
     const int R = p.n_rank;
     const int N = p.n_head;
-    const int D = N*R;
+    const int D = N * R;
     const int L = p.n_lora;
     const int G = p.n_gate;
 
@@ -98,7 +102,7 @@ static void ggml_rwkv_ms_token_features(
     }
     if (p.semantics == 2) {
         for (int n = 0; n < N; ++n) {
-            float * s = t.s + n*R;
+            float * s = t.s + n * R;
             for (int i = 0; i < R; ++i) {
                 s[i] = std::tanh(s[i]);
             }
@@ -110,12 +114,12 @@ static void ggml_rwkv_ms_token_features(
     }
 
     for (int i = 0; i < D; ++i) {
-        const int ig = G == D ? i : i/R; // a gate per row, or one per head
+        const int ig = G == D ? i : i / R; // a gate per row, or one per head
 
         t.beta[i] = ggml_rwkv_ms_sigmoid(in[D + ig] + w.beta_b[ig]);
-        t.lam [i] = w.lambda_b ? ggml_rwkv_ms_sigmoid(in[D + G + ig] + w.lambda_b[ig]) : 1.0f - t.beta[i];
+        t.lam[i]  = w.lambda_b ? ggml_rwkv_ms_sigmoid(in[D + G + ig] + w.lambda_b[ig]) : 1.0f - t.beta[i];
 
-        t.keep [i] = t.lam[i];
+        t.keep[i]  = t.lam[i];
         t.erase[i] = t.beta[i];
         t.write[i] = t.beta[i];
         if (p.update == GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE) {
@@ -125,7 +129,7 @@ static void ggml_rwkv_ms_token_features(
             t.keep[i] = 1.0f;
         }
         if (p.semantics == 2) {
-            t.keep [i] = 1.0f;
+            t.keep[i]  = 1.0f;
             t.erase[i] = t.write[i];
         }
     }
@@ -133,7 +137,7 @@ static void ggml_rwkv_ms_token_features(
     // time shift
     auto shift = [&](int ix) {
         for (int i = 0; i < D; ++i) {
-            t.x[i] = t.s[i] + (prev[i] - t.s[i])*w.x[ix][i];
+            t.x[i] = t.s[i] + (prev[i] - t.s[i]) * w.x[ix][i];
         }
     };
 
@@ -147,7 +151,7 @@ static void ggml_rwkv_ms_token_features(
     }
     ggml_rwkv_ms_matvec(L, D, w.w2, t.lora, t.w);
     for (int i = 0; i < D; ++i) {
-        t.w    [i] = -ggml_rwkv_ms_softplus(-(w.w0[i] + t.w[i])) - 0.5f;
+        t.w[i]     = -ggml_rwkv_ms_softplus(-(w.w0[i] + t.w[i])) - 0.5f;
         t.decay[i] = std::exp(-std::exp(t.w[i]));
     }
 
@@ -161,19 +165,19 @@ static void ggml_rwkv_ms_token_features(
     ggml_rwkv_ms_matvec(D, L, w.a1, t.x, t.lora);
     ggml_rwkv_ms_matvec(L, D, w.a2, t.lora, t.y);
     for (int n = 0; n < N; ++n) {
-        float * kk = t.a + n*R;
+        float * kk = t.a + n * R;
         for (int i = 0; i < R; ++i) {
-            kk[i] = t.k[n*R + i]*w.k_k[n*R + i];
+            kk[i] = t.k[n * R + i] * w.k_k[n * R + i];
         }
         const float norm = std::fmax(ggml_rwkv_ms_norm(R, kk), 1e-12f);
         for (int i = 0; i < R; ++i) {
-            const int   id = n*R + i;
+            const int   id = n * R + i;
             const float ag = ggml_rwkv_ms_sigmoid(w.a0[id] + t.y[id]);
 
-            kk[i]   /= norm;
-            t.b[id]  = kk[i]*ag;
-            t.k[id] *= 1.0f + (ag - 1.0f)*w.k_a[id];
-            kk[i]    = -kk[i];
+            kk[i] /= norm;
+            t.b[id] = kk[i] * ag;
+            t.k[id] *= 1.0f + (ag - 1.0f) * w.k_a[id];
+            kk[i] = -kk[i];
         }
     }
 
@@ -188,10 +192,10 @@ static void ggml_rwkv_ms_token_features(
 // group norm of the reads (a group per head), gate and output projection
 static void ggml_rwkv_ms_token_output(const ggml_rwkv_ms_params & p, const ggml_rwkv_ms_weights & w, ggml_rwkv_ms_scratch & t) {
     const int R = p.n_rank;
-    const int D = p.n_head*R;
+    const int D = p.n_head * R;
 
     for (int n = 0; n < p.n_head; ++n) {
-        const float * read = t.read + n*R;
+        const float * read = t.read + n * R;
 
         float mean = 0.0f;
         for (int i = 0; i < R; ++i) {
@@ -201,13 +205,13 @@ static void ggml_rwkv_ms_token_output(const ggml_rwkv_ms_params & p, const ggml_
 
         float var = 0.0f;
         for (int i = 0; i < R; ++i) {
-            var += (read[i] - mean)*(read[i] - mean);
+            var += (read[i] - mean) * (read[i] - mean);
         }
         var /= R;
 
-        const float scale = 1.0f/std::sqrt(var + 64e-5f);
+        const float scale = 1.0f / std::sqrt(var + 64e-5f);
         for (int i = 0; i < R; ++i) {
-            t.y[n*R + i] = (read[i] - mean)*scale*w.ln_x[n*R + i]*t.g[n*R + i];
+            t.y[n * R + i] = (read[i] - mean) * scale * w.ln_x[n * R + i] * t.g[n * R + i];
         }
     }
 
@@ -227,18 +231,18 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
     const int R = R_CONST > 0 ? R_CONST : p.n_rank;
     const int N = p.n_head;
     const int M = p.n_state;
-    const int D = N*R;
+    const int D = N * R;
 
     const int64_t n_tokens = src_x->ne[1];
     const int64_t n_cells  = src_state->ne[1];
 
-    const int32_t n_period = M*p.n_chunk; // the counter wraps here
+    const int32_t n_period = M * p.n_chunk; // the counter wraps here
 
-    ggml_rwkv_ms_scratch t(p);
+    ggml_rwkv_ms_scratch       t(p);
     const ggml_rwkv_ms_weights w(p, src_w ? (const float *) src_w->data : nullptr);
 
     for (int64_t it = 0; it < n_tokens; ++it) {
-        const int32_t * id   = (const int32_t *) src_ids->data + 2*it;
+        const int32_t * id   = (const int32_t *) src_ids->data + 2 * it;
         const int32_t   cell = id[0];
         const int32_t   mask = id[1];
 
@@ -249,11 +253,11 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
             continue;
         }
 
-        const float * x    = (const float *) ((const char *) src_x->data + it*src_x->nb[1]);
-        float       * S    = (float *) ((char *) src_state->data + cell*src_state->nb[1]);
-        float       * prev = S + N*M*R*R;
-        float       * n_lo = prev + D;
-        float       * n_hi = n_lo + 1;
+        const float * x    = (const float *) ((const char *) src_x->data + it * src_x->nb[1]);
+        float *       S    = (float *) ((char *) src_state->data + cell * src_state->nb[1]);
+        float *       prev = S + N * M * R * R;
+        float *       n_lo = prev + D;
+        float *       n_hi = n_lo + 1;
 
         GGML_ASSERT(*n_lo >= 0.0f && *n_lo < (float) n_period); // false for NaN too
 
@@ -263,16 +267,16 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
             f = { t.r, t.decay, t.k, t.v, t.a, t.b, t.keep, t.erase, t.write };
         } else {
             std::fill(t.buf.begin(), t.buf.end(), 0.0f);
-            f = { x, x + D, x + 2*D, x + 3*D, x + 4*D, x + 5*D, x + 6*D, x + 7*D, x + 8*D };
+            f = { x, x + D, x + 2 * D, x + 3 * D, x + 4 * D, x + 5 * D, x + 6 * D, x + 7 * D, x + 8 * D };
         }
 
         if (mask == GGML_RWKV_MS_MASK_PADDING) {
             std::fill(t.read, t.read + D, 0.0f);
-            std::fill(t.out,  t.out  + D, 0.0f);
-            std::fill(t.route, t.route + N*M, 0.0f);
+            std::fill(t.out, t.out + D, 0.0f);
+            std::fill(t.route, t.route + N * M, 0.0f);
         } else {
             for (int n = 0; n < N; ++n) {
-                ggml_rwkv_ms_read<R_CONST>(p, S + n*M*R*R, f.r + n*R, t.read + n*R, t.route + n*M, t.tmp);
+                ggml_rwkv_ms_read<R_CONST>(p, S + n * M * R * R, f.r + n * R, t.read + n * R, t.route + n * M, t.tmp);
             }
             if (src_w) {
                 ggml_rwkv_ms_token_output(p, w, t);
@@ -282,10 +286,10 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
         }
 
         if (mask == GGML_RWKV_MS_MASK_LIVE) {
-            const int32_t m = (int32_t) *n_lo/p.n_chunk;
+            const int32_t m = (int32_t) *n_lo / p.n_chunk;
 
             for (int n = 0; n < N; ++n) {
-                ggml_rwkv_ms_write<R_CONST>(p, S + (n*M + m)*R*R, f, n*R, t.tmp);
+                ggml_rwkv_ms_write<R_CONST>(p, S + (n * M + m) * R * R, f, n * R, t.tmp);
             }
             if (src_w) {
                 std::copy(t.s, t.s + D, prev);
@@ -293,14 +297,14 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
 
             *n_lo += 1.0f;
             if (*n_lo == (float) n_period) {
-                *n_lo  = 0.0f;
+                *n_lo = 0.0f;
                 *n_hi += 1.0f;
             }
         }
 
-        float * res = (float *) ((char *) dst->data + it*dst->nb[1]);
+        float * res = (float *) ((char *) dst->data + it * dst->nb[1]);
         if (p.trace) {
-            std::copy(t.row, t.row + 13*D + N*M, res);
+            std::copy(t.row, t.row + 13 * D + N * M, res);
         } else {
             std::copy(t.out, t.out + D, res);
         }

@@ -22,7 +22,7 @@ struct ggml_rwkv_ms_features {
 };
 
 static inline float ggml_rwkv_ms_sigmoid(float x) {
-    return 1.0f/(1.0f + std::exp(-x));
+    return 1.0f / (1.0f + std::exp(-x));
 }
 
 static inline float ggml_rwkv_ms_softplus(float x) {
@@ -36,7 +36,7 @@ static inline void ggml_rwkv_ms_matvec(int n_in, int n_out, const float * w, con
     }
     for (int i = 0; i < n_in; ++i) {
         for (int o = 0; o < n_out; ++o) {
-            y[o] += w[i*n_out + o]*x[i];
+            y[o] += w[i * n_out + o] * x[i];
         }
     }
 }
@@ -44,7 +44,7 @@ static inline void ggml_rwkv_ms_matvec(int n_in, int n_out, const float * w, con
 static inline float ggml_rwkv_ms_norm(int n, const float * x) {
     float sum = 0.0f;
     for (int i = 0; i < n; ++i) {
-        sum += x[i]*x[i];
+        sum += x[i] * x[i];
     }
     return std::sqrt(sum);
 }
@@ -53,32 +53,32 @@ static inline float ggml_rwkv_ms_norm(int n, const float * x) {
 template <int R_CONST>
 static inline void ggml_rwkv_ms_read(
         const ggml_rwkv_ms_params & p,
-        const float * S,     // [M, R, R]
-        const float * r,     // [R]
-              float * read,  // [R]
-              float * route, // [M]
-              float * tmp) { // [M, R]
+        const float *               S,     // [M, R, R]
+        const float *               r,     // [R]
+        float *                     read,  // [R]
+        float *                     route, // [M]
+        float *                     tmp) { // [M, R]
     const int R = R_CONST > 0 ? R_CONST : p.n_rank;
     const int M = p.n_state;
 
     float score_max = -INFINITY;
 
     for (int m = 0; m < M; ++m) {
-        const float * Sm = S + m*R*R;
-        float       * y  = tmp + m*R;
+        const float * Sm = S + m * R * R;
+        float *       y  = tmp + m * R;
 
         ggml_rwkv_ms_matvec(R, R, Sm, r, y);
 
         float score = 0.0f;
         for (int i = 0; i < R; ++i) {
-            score += y[i]*r[i];
+            score += y[i] * r[i];
         }
 
         if (p.semantics == 1) {
             score /= std::sqrt((float) R);
         } else {
             const float eps = 1e-6f;
-            score /= std::fmax(ggml_rwkv_ms_norm(R, y), eps)*std::fmax(ggml_rwkv_ms_norm(R, r), eps);
+            score /= std::fmax(ggml_rwkv_ms_norm(R, y), eps) * std::fmax(ggml_rwkv_ms_norm(R, r), eps);
         }
 
         route[m]  = score;
@@ -97,7 +97,7 @@ static inline void ggml_rwkv_ms_read(
     for (int m = 0; m < M; ++m) {
         route[m] /= sum;
         for (int i = 0; i < R; ++i) {
-            read[i] += route[m]*tmp[m*R + i];
+            read[i] += route[m] * tmp[m * R + i];
         }
     }
 }
@@ -105,27 +105,27 @@ static inline void ggml_rwkv_ms_read(
 // writes one state of a head; tmp[R]
 template <int R_CONST>
 static inline void ggml_rwkv_ms_write(
-        const ggml_rwkv_ms_params & p,
-              float * S,                       // [R, R]
+        const ggml_rwkv_ms_params &   p,
+        float *                       S,                       // [R, R]
         const ggml_rwkv_ms_features & f,
-              int     i0,                      // offset of the head in the features
-              float * tmp) {                   // [R]
+        int                           i0,                      // offset of the head in the features
+        float *                       tmp) {                   // [R]
     const int R = R_CONST > 0 ? R_CONST : p.n_rank;
 
     // the erase term uses the state before this token
     ggml_rwkv_ms_matvec(R, R, S, f.a + i0, tmp);
 
     for (int i = 0; i < R; ++i) {
-        tmp[i] *= p.erase_gate*f.erase[i0 + i];
+        tmp[i] *= p.erase_gate * f.erase[i0 + i];
     }
 
     for (int j = 0; j < R; ++j) {
         const float decay = f.decay[i0 + j];
-        const float k     = f.k    [i0 + j];
-        const float b     = f.b    [i0 + j];
+        const float k     = f.k[i0 + j];
+        const float b     = f.b[i0 + j];
 
         for (int i = 0; i < R; ++i) {
-            S[j*R + i] = f.keep[i0 + i]*decay*S[j*R + i] + f.write[i0 + i]*f.v[i0 + i]*k + tmp[i]*b;
+            S[j * R + i] = f.keep[i0 + i] * decay * S[j * R + i] + f.write[i0 + i] * f.v[i0 + i] * k + tmp[i] * b;
         }
     }
 }

@@ -54,11 +54,11 @@ GGML_API int64_t ggml_rwkv_ms_n_weight(const struct ggml_rwkv_ms_params * params
 //
 // The state is written in place, so the node has to run where the state lies: see llama_rwkv_ms_graph.
 GGML_API struct ggml_tensor * ggml_rwkv_ms(
-        struct ggml_context              * ctx,
-        struct ggml_tensor               * x,
-        struct ggml_tensor               * w,
-        struct ggml_tensor               * state,
-        struct ggml_tensor               * ids,
+        struct ggml_context *              ctx,
+        struct ggml_tensor *               x,
+        struct ggml_tensor *               w,
+        struct ggml_tensor *               state,
+        struct ggml_tensor *               ids,
         const struct ggml_rwkv_ms_params * params);
 
 // one state cell from and to the layout of the specification: S [N, M, R, R], prev [D], each may be NULL

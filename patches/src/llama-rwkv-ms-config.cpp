@@ -73,7 +73,7 @@ json llama_rwkv_ms_json_parse(const std::string & what, const std::string & text
         return true;
     };
 
-    json res = json::parse(text, callback, /*allow_exceptions =*/ false);
+    json res = json::parse(text, callback, /*allow_exceptions =*/false);
     if (res.is_discarded()) {
         llama_rwkv_ms_fail("%s: not valid JSON", what.c_str());
     }
@@ -92,7 +92,7 @@ static const json & rwkv_ms_json_at(const std::string & what, const json & obj, 
 }
 
 static std::string rwkv_ms_json_text(const json & value) {
-    return llama_rwkv_ms_quote(value.dump(-1, ' ', /*ensure_ascii =*/ true, json::error_handler_t::replace));
+    return llama_rwkv_ms_quote(value.dump(-1, ' ', /*ensure_ascii =*/true, json::error_handler_t::replace));
 }
 
 static int64_t rwkv_ms_json_to_int(const std::string & what, const json & value, int64_t min, int64_t max) {
@@ -164,74 +164,109 @@ std::vector<std::string> llama_rwkv_ms_json_strs(const std::string & what, const
 
 // read by the loader
 static const std::set<std::string> rwkv_ms_config_read = {
-    "rank", "alpha", "num_state_heads", "rwkv_ms_num_states", "rwkv_ms_chunk_size", "rwkv_ms_erase_gate",
-    "couple_lambda", "state_update_mode", "rankwise_gates", "target_layers", "delta_heads",
-    "memory_backend", "memory_readout_mode", "rwkv_ms_boundary_mode", "rwkv_ms_semantics_version", "rwkv_ms_state_dtype",
+    "rank",
+    "alpha",
+    "num_state_heads",
+    "rwkv_ms_num_states",
+    "rwkv_ms_chunk_size",
+    "rwkv_ms_erase_gate",
+    "couple_lambda",
+    "state_update_mode",
+    "rankwise_gates",
+    "target_layers",
+    "delta_heads",
+    "memory_backend",
+    "memory_readout_mode",
+    "rwkv_ms_boundary_mode",
+    "rwkv_ms_semantics_version",
+    "rwkv_ms_state_dtype",
 };
 
 // can change the maths: only the implemented value, which is also the meaning of an absent key
 static const json & rwkv_ms_config_fixed() {
     static const json res = {
         // what is read, when it is written, where the deltas go
-        { "memory_write_source",             "learned_hidden"   },
-        { "memory_write_granularity",        "token"            },
-        { "memory_fusion_mode",              "add"              },
-        { "memory_fusion_placement",         "attention_output" },
-        { "memory_fusion_residual_scale",    1.0                },
-        { "memory_fusion_residual_scale_max", 1.0               },
-        { "target_modules",                  json::array({ "self_attn" }) },
-        { "delta_o_rmsnorm",                 false              },
-        { "trainable_delta_scale",           false              },
-        { "delta_scale_init",                1.0                },
-        { "delta_scale_parameterization",    "alpha_over_rank"  },
-        { "normalize_qk",                    true               },
+        { "memory_write_source", "learned_hidden" },
+        { "memory_write_granularity", "token" },
+        { "memory_fusion_mode", "add" },
+        { "memory_fusion_placement", "attention_output" },
+        { "memory_fusion_residual_scale", 1.0 },
+        { "memory_fusion_residual_scale_max", 1.0 },
+        { "target_modules", json::array({ "self_attn" }) },
+        { "delta_o_rmsnorm", false },
+        { "trainable_delta_scale", false },
+        { "delta_scale_init", 1.0 },
+        { "delta_scale_parameterization", "alpha_over_rank" },
+        { "normalize_qk", true },
 
         // the core
-        { "rwkv_ms_write_mode",              "recurrent"        },
-        { "rwkv_ms_read_temperature",        1.0                },
-        { "rwkv_ms_read_top_k",              0                  },
-        { "rwkv_ms_mask_empty_slots",        false              },
-        { "rwkv_ms_hybrid_mode",             "residual"         },
-        { "rwkv_ms_write_address_gain",      0.0                },
+        { "rwkv_ms_write_mode", "recurrent" },
+        { "rwkv_ms_read_temperature", 1.0 },
+        { "rwkv_ms_read_top_k", 0 },
+        { "rwkv_ms_mask_empty_slots", false },
+        { "rwkv_ms_hybrid_mode", "residual" },
+        { "rwkv_ms_write_address_gain", 0.0 },
 
         // features that are off
-        { "rwkv_ms_anchor_interval",         0                  },
-        { "rwkv_ms_anchor_capacity",         0                  },
-        { "rwkv_ms_anchor_top_k",            0                  },
-        { "rwkv_ms_outer_ffn_layers",        json::array()      },
-        { "num_memory_partitions",           1                  },
-        { "num_global_memory_partitions",    0                  },
-        { "memory_partition_routing",        "soft"             },
-        { "memory_partition_basis",          "shared"           },
-        { "memory_partition_read_mode",      "softmax"          },
-        { "tie_memory_partition_read_write", false              },
-        { "slot_read_top_k",                 0                  },
-        { "global_memory_read_top_k",        0                  },
-        { "synthetic_memory_slots",          1                  },
-        { "memory_reader_layers",            json::array()      },
-        { "latent_memory_layers",            json::array()      },
+        { "rwkv_ms_anchor_interval", 0 },
+        { "rwkv_ms_anchor_capacity", 0 },
+        { "rwkv_ms_anchor_top_k", 0 },
+        { "rwkv_ms_outer_ffn_layers", json::array() },
+        { "num_memory_partitions", 1 },
+        { "num_global_memory_partitions", 0 },
+        { "memory_partition_routing", "soft" },
+        { "memory_partition_basis", "shared" },
+        { "memory_partition_read_mode", "softmax" },
+        { "tie_memory_partition_read_write", false },
+        { "slot_read_top_k", 0 },
+        { "global_memory_read_top_k", 0 },
+        { "synthetic_memory_slots", 1 },
+        { "memory_reader_layers", json::array() },
+        { "latent_memory_layers", json::array() },
     };
     return res;
 }
 
 // cannot change the maths: values at the start of training, options of training, figures of the features that are off
 static const std::set<std::string> rwkv_ms_config_inert_num = {
-    "beta_bias_init", "base_slice_ref_width", "online_gain", "memory_partition_sigmoid_gate_bias_init",
-    "global_memory_gate_bias_init", "global_memory_read_logit_bias", "memory_reader_hidden_size",
-    "memory_reader_residual_scale", "projected_kv_key_dim", "projected_kv_temperature",
-    "projected_kv_update_cosine_threshold", "memory_write_proposals_per_message", "latent_memory_hidden_size",
-    "latent_memory_residual_scale", "latent_memory_slots", "latent_memory_init_std", "latent_gate_init",
-    "delta_o_rmsnorm_eps", "memory_fusion_gate_init", "delta_scale_max", "rwkv_ms_output_init_scale",
-    "rwkv_ms_anchor_route_dim", "rwkv_ms_anchor_residual_scale", "rwkv_ms_anchor_null_bias_init",
-    "rwkv_ms_hybrid_gain", "rwkv_ms_outer_ffn_gain",
+    "beta_bias_init",
+    "base_slice_ref_width",
+    "online_gain",
+    "memory_partition_sigmoid_gate_bias_init",
+    "global_memory_gate_bias_init",
+    "global_memory_read_logit_bias",
+    "memory_reader_hidden_size",
+    "memory_reader_residual_scale",
+    "projected_kv_key_dim",
+    "projected_kv_temperature",
+    "projected_kv_update_cosine_threshold",
+    "memory_write_proposals_per_message",
+    "latent_memory_hidden_size",
+    "latent_memory_residual_scale",
+    "latent_memory_slots",
+    "latent_memory_init_std",
+    "latent_gate_init",
+    "delta_o_rmsnorm_eps",
+    "memory_fusion_gate_init",
+    "delta_scale_max",
+    "rwkv_ms_output_init_scale",
+    "rwkv_ms_anchor_route_dim",
+    "rwkv_ms_anchor_residual_scale",
+    "rwkv_ms_anchor_null_bias_init",
+    "rwkv_ms_hybrid_gain",
+    "rwkv_ms_outer_ffn_gain",
 };
 
 static const std::set<std::string> rwkv_ms_config_inert_str = {
-    "output_init", "global_memory_mode", "global_memory_merge_mode", "delta_scale_granularity",
+    "output_init",
+    "global_memory_mode",
+    "global_memory_merge_mode",
+    "delta_scale_granularity",
 };
 
 static const std::set<std::string> rwkv_ms_config_inert_bool = {
-    "memory_reader_read_only", "rwkv_ms_detach_read_scores",
+    "memory_reader_read_only",
+    "rwkv_ms_detach_read_scores",
 };
 
 void llama_rwkv_ms_config_check(const json & config) {
@@ -245,7 +280,7 @@ void llama_rwkv_ms_config_check(const json & config) {
 
     for (const auto & item : config.items()) {
         const std::string & key   = item.key();
-        const json        & value = item.value();
+        const json &        value = item.value();
 
         if (fixed.contains(key)) {
             const json & want = fixed.at(key);

@@ -24,12 +24,12 @@ std::string llama_rwkv_ms_quote(const std::string & text);
 nlohmann::json llama_rwkv_ms_json_parse(const std::string & what, const std::string & text);
 
 // members of an object, with their type and range checked; what names the object
-int64_t                  llama_rwkv_ms_json_int  (const std::string & what, const nlohmann::json & obj, const char * key, int64_t min, int64_t max);
-double                   llama_rwkv_ms_json_num  (const std::string & what, const nlohmann::json & obj, const char * key);
-bool                     llama_rwkv_ms_json_bool (const std::string & what, const nlohmann::json & obj, const char * key);
-std::string              llama_rwkv_ms_json_str  (const std::string & what, const nlohmann::json & obj, const char * key);
-std::vector<int64_t>     llama_rwkv_ms_json_ints (const std::string & what, const nlohmann::json & arr, int64_t min, int64_t max);
-std::vector<std::string> llama_rwkv_ms_json_strs (const std::string & what, const nlohmann::json & arr);
+int64_t                  llama_rwkv_ms_json_int(const std::string & what, const nlohmann::json & obj, const char * key, int64_t min, int64_t max);
+double                   llama_rwkv_ms_json_num(const std::string & what, const nlohmann::json & obj, const char * key);
+bool                     llama_rwkv_ms_json_bool(const std::string & what, const nlohmann::json & obj, const char * key);
+std::string              llama_rwkv_ms_json_str(const std::string & what, const nlohmann::json & obj, const char * key);
+std::vector<int64_t>     llama_rwkv_ms_json_ints(const std::string & what, const nlohmann::json & arr, int64_t min, int64_t max);
+std::vector<std::string> llama_rwkv_ms_json_strs(const std::string & what, const nlohmann::json & arr);
 
 // Refuses every key of config_json that is not known, and every value that changes the maths and is not implemented.
 // Keys that are parameters of the memory are left to the caller.
@@ -49,7 +49,7 @@ llama_rwkv_ms_manifest llama_rwkv_ms_sidecar_read_keys(const gguf_context * gguf
 
 // fills in the rest; file is the whole file
 void llama_rwkv_ms_sidecar_read_tensors(
-        const gguf_context           * gguf,
-        const std::vector<uint8_t>   & file,
+        const gguf_context *           gguf,
+        const std::vector<uint8_t> &   file,
         const llama_rwkv_ms_manifest & manifest,
-        llama_rwkv_ms_sidecar        & res);
+        llama_rwkv_ms_sidecar &        res);

@@ -22,16 +22,16 @@ static int64_t llama_rwkv_ms_dim(const llama_rwkv_ms_tensors & tensors, const ch
 static void llama_rwkv_ms_check_shape(const llama_rwkv_ms_tensors & tensors, const char * name, int64_t ne0, int64_t ne1) {
     if (llama_rwkv_ms_dim(tensors, name, 0) != ne0 || llama_rwkv_ms_dim(tensors, name, 1) != ne1) {
         throw std::runtime_error(format("tensor '%s' has shape [%lld, %lld], expected [%lld, %lld]", name,
-                    (long long) llama_rwkv_ms_dim(tensors, name, 0), (long long) llama_rwkv_ms_dim(tensors, name, 1),
-                    (long long) ne0, (long long) ne1));
+                (long long) llama_rwkv_ms_dim(tensors, name, 0), (long long) llama_rwkv_ms_dim(tensors, name, 1),
+                (long long) ne0, (long long) ne1));
     }
 }
 
 static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
-    const int64_t D = p.n_head*p.rank;
+    const int64_t D = p.n_head * p.rank;
     const int64_t T = p.n_tokens;
 
-    if (D <= 0 || T <= 0 || p.n_state == 0 || p.n_chunk == 0 || (int64_t) p.n_state*p.n_chunk > (1 << 24)) {
+    if (D <= 0 || T <= 0 || p.n_state == 0 || p.n_chunk == 0 || (int64_t) p.n_state * p.n_chunk > (1 << 24)) {
         throw std::runtime_error("rank, heads, states, chunk and tokens have to be positive, states*chunk at most 2^24");
     }
     if (!p.S || !p.prev || !p.n_past || *p.n_past < 0) {
@@ -43,23 +43,23 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
     llama_rwkv_ms_tensors tensors;
     for (uint32_t i = 0; i < p.n_tensors && !from_features; ++i) {
         llama_rwkv_ms_tensor tensor;
-        tensor.shape = { p.ne[2*i], p.ne[2*i + 1] };
-        tensor.data.assign(p.data[i], p.data[i] + tensor.shape[0]*tensor.shape[1]);
+        tensor.shape = { p.ne[2 * i], p.ne[2 * i + 1] };
+        tensor.data.assign(p.data[i], p.data[i] + tensor.shape[0] * tensor.shape[1]);
         tensors.emplace(p.names[i], std::move(tensor));
     }
 
     ggml_rwkv_ms_params params = {};
-    params.n_rank        = p.rank;
-    params.n_head        = p.n_head;
-    params.n_state       = p.n_state;
-    params.n_chunk       = p.n_chunk;
-    params.semantics     = p.semantics;
-    params.update        = p.update_mode;
-    params.couple_lambda = p.couple_lambda;
-    params.erase_gate    = p.erase_gate;
-    params.trace         = p.trace != nullptr;
-    params.n_gate        = from_features ? D : llama_rwkv_ms_dim(tensors, "beta",    0);
-    params.n_lora        = from_features ? 0 : llama_rwkv_ms_dim(tensors, "rwkv.w1", 1);
+    params.n_rank              = p.rank;
+    params.n_head              = p.n_head;
+    params.n_state             = p.n_state;
+    params.n_chunk             = p.n_chunk;
+    params.semantics           = p.semantics;
+    params.update              = p.update_mode;
+    params.couple_lambda       = p.couple_lambda;
+    params.erase_gate          = p.erase_gate;
+    params.trace               = p.trace != nullptr;
+    params.n_gate              = from_features ? D : llama_rwkv_ms_dim(tensors, "beta", 0);
+    params.n_lora              = from_features ? 0 : llama_rwkv_ms_dim(tensors, "rwkv.w1", 1);
 
     const int64_t G = params.n_gate;
     const int64_t L = params.n_lora;
@@ -68,11 +68,11 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
         if (G != D && G != p.n_head) {
             throw std::runtime_error(format("tensor 'beta' has %lld rows, expected %lld or %u", (long long) G, (long long) D, p.n_head));
         }
-        llama_rwkv_ms_check_shape(tensors, "mem_v",  D, p.n_embd);
-        llama_rwkv_ms_check_shape(tensors, "beta",   G, p.n_embd);
+        llama_rwkv_ms_check_shape(tensors, "mem_v", D, p.n_embd);
+        llama_rwkv_ms_check_shape(tensors, "beta", G, p.n_embd);
         llama_rwkv_ms_check_shape(tensors, "beta_b", G, 1);
         if (!p.couple_lambda) {
-            llama_rwkv_ms_check_shape(tensors, "lambda",   G, p.n_embd);
+            llama_rwkv_ms_check_shape(tensors, "lambda", G, p.n_embd);
             llama_rwkv_ms_check_shape(tensors, "lambda_b", G, 1);
         }
         for (const char * x : { "x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight" }) {
@@ -91,7 +91,7 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
 
     ggml_context_ptr ctx = llama_rwkv_ms_ctx(32 + GGML_DEFAULT_GRAPH_SIZE); // the graph lies in the context, too
 
-    ggml_tensor * x     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, from_features ? 9*D : (int64_t) p.n_embd, T);
+    ggml_tensor * x     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, from_features ? 9 * D : (int64_t) p.n_embd, T);
     ggml_tensor * ids   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2, T);
     ggml_tensor * state = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_cell(&params), 1);
 
@@ -105,7 +105,7 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
     if (from_features) {
         core = ggml_rwkv_ms(ctx.get(), x, nullptr, state, ids, &params);
     } else {
-        layer.in   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, p.n_embd, D + (p.couple_lambda ? 1 : 2)*G);
+        layer.in   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, p.n_embd, D + (p.couple_lambda ? 1 : 2) * G);
         layer.core = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_weight(&params));
 
         core = llama_rwkv_ms_build_core(ctx.get(), params, layer, x, state, ids);
@@ -120,15 +120,15 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
             layer.delta[h] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, D, llama_rwkv_ms_dim(tensors, head_name[h], 0));
 
             // a traced row ends with out, then the routes
-            ggml_tensor * out = params.trace ? ggml_cont(ctx.get(), ggml_view_2d(ctx.get(), core, D, T, core->nb[1], 12*D*sizeof(float))) : core;
+            ggml_tensor * out = params.trace ? ggml_cont(ctx.get(), ggml_view_2d(ctx.get(), core, D, T, core->nb[1], 12 * D * sizeof(float))) : core;
 
             delta[h] = ggml_mul_mat(ctx.get(), layer.delta[h], out);
             ggml_build_forward_expand(gf, delta[h]);
         }
     }
 
-    ggml_backend_ptr        backend { ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr) };
-    ggml_backend_buffer_ptr buf     { ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()) };
+    ggml_backend_ptr        backend{ ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr) };
+    ggml_backend_buffer_ptr buf{ ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()) };
     if (!buf) {
         throw std::runtime_error("failed to allocate the tensors");
     }
@@ -137,15 +137,15 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
     ggml_backend_buffer_clear(buf.get(), 0xff);
 
     auto set = [](ggml_tensor * tensor, const std::vector<float> & data) {
-        GGML_ASSERT(ggml_nbytes(tensor) == data.size()*sizeof(float));
+        GGML_ASSERT(ggml_nbytes(tensor) == data.size() * sizeof(float));
         ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));
     };
 
     ggml_backend_tensor_set(x, from_features ? p.features : p.h, 0, ggml_nbytes(x));
 
-    std::vector<int32_t> data_ids(2*T, 0);
+    std::vector<int32_t> data_ids(2 * T, 0);
     for (int64_t i = 0; i < T && p.mask; ++i) {
-        data_ids[2*i + 1] = p.mask[i];
+        data_ids[2 * i + 1] = p.mask[i];
     }
     ggml_backend_tensor_set(ids, data_ids.data(), 0, ggml_nbytes(ids));
 
@@ -154,11 +154,11 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
     set(state, cell);
 
     if (!from_features) {
-        set(layer.in,   llama_rwkv_ms_pack_in  (tensors, p.couple_lambda));
+        set(layer.in, llama_rwkv_ms_pack_in(tensors, p.couple_lambda));
         set(layer.core, llama_rwkv_ms_pack_core(tensors, p.couple_lambda));
         for (int h = 0; h < LLAMA_RWKV_MS_HEAD_COUNT; ++h) {
             if (delta[h]) {
-                set(layer.delta[h], llama_rwkv_ms_pack_delta(tensors, head_name[h], p.alpha/p.rank));
+                set(layer.delta[h], llama_rwkv_ms_pack_delta(tensors, head_name[h], p.alpha / p.rank));
             }
         }
     }

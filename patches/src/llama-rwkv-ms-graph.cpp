@@ -18,11 +18,11 @@ public:
             GGML_ASSERT(node.first->src[1] == node.second);
         }
 
-        std::vector<int32_t> data(2*ubatch->n_tokens);
+        std::vector<int32_t> data(2 * ubatch->n_tokens);
 
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-            data[2*i + 0] = ubatch->seq_id[i][0];
-            data[2*i + 1] = GGML_RWKV_MS_MASK_LIVE;
+            data[2 * i + 0] = ubatch->seq_id[i][0];
+            data[2 * i + 1] = GGML_RWKV_MS_MASK_LIVE;
         }
 
         ggml_backend_tensor_set(ids, data.data(), 0, ggml_nbytes(ids));
@@ -44,12 +44,12 @@ public:
 //
 
 ggml_tensor * llama_rwkv_ms_build_core(
-        ggml_context * ctx,
+        ggml_context *              ctx,
         const ggml_rwkv_ms_params & params,
         const llama_rwkv_ms_layer & layer,
-        ggml_tensor * h,
-        ggml_tensor * state,
-        ggml_tensor * ids) {
+        ggml_tensor *               h,
+        ggml_tensor *               state,
+        ggml_tensor *               ids) {
     ggml_tensor * x = ggml_mul_mat(ctx, layer.in, h); // [D + G (+ G), n_tokens]
 
     return ggml_rwkv_ms(ctx, x, layer.core, state, ids, &params); // [D, n_tokens]

@@ -11,12 +11,12 @@ class llm_graph_input_rwkv_ms;
 // the recurrent core on the hidden state h [n_embd, n_tokens]; state and ids as in ggml_rwkv_ms
 // sets *core to the node that has to run where the state lies
 ggml_tensor * llama_rwkv_ms_build_core(
-        ggml_context * ctx,
+        ggml_context *              ctx,
         const ggml_rwkv_ms_params & params,
         const llama_rwkv_ms_layer & layer,
-        ggml_tensor * h,
-        ggml_tensor * state,
-        ggml_tensor * ids);
+        ggml_tensor *               h,
+        ggml_tensor *               state,
+        ggml_tensor *               ids);
 
 // Usage, once a graph: construct, then for each layer read() and, for each head, add().
 // Without a memory, and in layers that are not target layers, read() does nothing and add() returns cur.
@@ -37,6 +37,6 @@ private:
 
     // of the current layer, nullptr if it is not a target layer
     const llama_rwkv_ms_layer * layer = nullptr;
-    ggml_tensor               * core  = nullptr; // [D, n_tokens]
+    ggml_tensor *               core  = nullptr; // [D, n_tokens]
     int                         il    = -1;
 };

@@ -64,8 +64,8 @@ using llama_rwkv_ms_tensors = std::map<std::string, llama_rwkv_ms_tensor>;
 
 ggml_rwkv_ms_params llama_rwkv_ms_params_from_hparams(const llama_rwkv_ms_hparams & hparams);
 
-std::vector<float> llama_rwkv_ms_pack_in   (const llama_rwkv_ms_tensors & tensors, bool couple_lambda);
-std::vector<float> llama_rwkv_ms_pack_core (const llama_rwkv_ms_tensors & tensors, bool couple_lambda);
+std::vector<float> llama_rwkv_ms_pack_in(const llama_rwkv_ms_tensors & tensors, bool couple_lambda);
+std::vector<float> llama_rwkv_ms_pack_core(const llama_rwkv_ms_tensors & tensors, bool couple_lambda);
 std::vector<float> llama_rwkv_ms_pack_delta(const llama_rwkv_ms_tensors & tensors, const char * name, float scale);
 
 // a pool of tensors in one context and, once allocated, in one buffer

@@ -17,20 +17,20 @@
 //
 
 llama_memory_rwkv_ms::llama_memory_rwkv_ms(
-        const llama_model   & model,
-        const llama_rwkv_ms & weights,
-                ggml_type     type_k,
-                ggml_type     type_v,
-                     bool     v_trans,
-                     bool     offload,
-                     bool     swa_full,
-                     bool     unified,
-                 uint32_t     kv_size,
-                 uint32_t     n_seq_max,
-                 uint32_t     n_ubatch,
-                 uint32_t     n_pad,
-    const layer_filter_cb   & filter,
-    const  layer_reuse_cb   & reuse) :
+        const llama_model &     model,
+        const llama_rwkv_ms &   weights,
+        ggml_type               type_k,
+        ggml_type               type_v,
+        bool                    v_trans,
+        bool                    offload,
+        bool                    swa_full,
+        bool                    unified,
+        uint32_t                kv_size,
+        uint32_t                n_seq_max,
+        uint32_t                n_ubatch,
+        uint32_t                n_pad,
+        const layer_filter_cb & filter,
+        const layer_reuse_cb &  reuse) :
     llama_kv_cache_iswa(model, type_k, type_v, v_trans, offload, swa_full, unified,
             kv_size, n_seq_max, n_ubatch, n_pad, nullptr, filter, reuse, nullptr),
     model(model), weights(weights),
@@ -64,7 +64,7 @@ llama_memory_rwkv_ms::llama_memory_rwkv_ms(
         }
 
         LLAMA_LOG_INFO("%s: %10s RWKV-MS state buffer size = %8.2f KiB\n", __func__,
-                ggml_backend_buft_name(buft), ggml_backend_buffer_get_size(buf.get())/1024.0);
+                ggml_backend_buft_name(buft), ggml_backend_buffer_get_size(buf.get()) / 1024.0);
 
         // NaN everywhere: a cell that is used before it was zeroed is found by the op's range check
         ggml_backend_buffer_clear(buf.get(), 0xff);
@@ -73,7 +73,7 @@ llama_memory_rwkv_ms::llama_memory_rwkv_ms(
     }
 
     LLAMA_LOG_INFO("%s: size = %7.2f KiB (%u cells, %zu layers)\n", __func__,
-            n_cell*sizeof(float)*n_cells*states.size()/1024.0, n_cells, states.size());
+            n_cell * sizeof(float) * n_cells * states.size() / 1024.0, n_cells, states.size());
 
     if (!model.hparams.no_alloc) {
         zero(-1);
@@ -146,7 +146,7 @@ bool llama_memory_rwkv_ms::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         p1 = std::numeric_limits<llama_pos>::max();
     }
 
-    const llama_seq_id s0 = seq_id < 0 ? 0                      : seq_id;
+    const llama_seq_id s0 = seq_id < 0 ? 0 : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? (llama_seq_id) n_cells : std::min(seq_id + 1, (llama_seq_id) n_cells);
 
     for (llama_seq_id s = s0; s < s1; ++s) {
@@ -208,9 +208,7 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_memory_rwkv_ms::memory_breakd
     for (const auto & [ctx, buf] : ctxs_bufs) {
         auto * buft = ggml_backend_buffer_get_type(buf.get());
 
-        res[buft] += model.hparams.no_alloc ?
-            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) :
-            ggml_backend_buffer_get_size(buf.get());
+        res[buft] += model.hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
     }
     return res;
 }
@@ -228,7 +226,7 @@ void llama_memory_rwkv_ms::zero(llama_seq_id seq_id) {
 }
 
 void llama_memory_rwkv_ms::flush() {
-    const size_t size = n_cell*sizeof(float);
+    const size_t size = n_cell * sizeof(float);
 
     std::vector<float> data(n_cell);
 
@@ -237,9 +235,9 @@ void llama_memory_rwkv_ms::flush() {
             if (op.src < 0) {
                 std::fill(data.begin(), data.end(), 0.0f);
             } else {
-                ggml_backend_tensor_get(state, data.data(), op.src*size, size);
+                ggml_backend_tensor_get(state, data.data(), op.src * size, size);
             }
-            ggml_backend_tensor_set(state, data.data(), op.dst*size, size);
+            ggml_backend_tensor_set(state, data.data(), op.dst * size, size);
         }
     }
 
@@ -255,28 +253,28 @@ std::vector<float> llama_memory_rwkv_ms::get_cell(uint32_t cell) const {
         }
     }
 
-    std::vector<float> res(states.size()*n_cell, 0.0f);
+    std::vector<float> res(states.size() * n_cell, 0.0f);
 
     if (src >= 0) {
         for (size_t i = 0; i < states.size(); ++i) {
-            ggml_backend_tensor_get(states[i], res.data() + i*n_cell, src*n_cell*sizeof(float), n_cell*sizeof(float));
+            ggml_backend_tensor_get(states[i], res.data() + i * n_cell, src * n_cell * sizeof(float), n_cell * sizeof(float));
         }
     }
     return res;
 }
 
 void llama_memory_rwkv_ms::set_cell(uint32_t cell, const std::vector<float> & data) {
-    GGML_ASSERT(data.size() == states.size()*n_cell);
+    GGML_ASSERT(data.size() == states.size() * n_cell);
 
     flush();
 
     for (size_t i = 0; i < states.size(); ++i) {
-        ggml_backend_tensor_set(states[i], data.data() + i*n_cell, cell*n_cell*sizeof(float), n_cell*sizeof(float));
+        ggml_backend_tensor_set(states[i], data.data() + i * n_cell, cell * n_cell * sizeof(float), n_cell * sizeof(float));
     }
 }
 
 std::string llama_memory_rwkv_ms::check_cell(const float * data) const {
-    const float n_period = (float) weights.params.n_state*weights.params.n_chunk;
+    const float n_period = (float) weights.params.n_state * weights.params.n_chunk;
 
     for (size_t i = 0; i < states.size(); ++i, data += n_cell) {
         for (int64_t j = 0; j < n_cell; ++j) {
@@ -336,7 +334,7 @@ void llama_memory_rwkv_ms::state_write(llama_io_write_i & io, llama_seq_id seq_i
     for (uint32_t s = 0; s < header.n_cells; ++s) {
         const auto data = get_cell(seq_id < 0 ? s : seq_id);
 
-        io.write(data.data(), data.size()*sizeof(float));
+        io.write(data.data(), data.size() * sizeof(float));
     }
 
     llama_kv_cache_iswa::state_write(io, seq_id, flags);
@@ -363,13 +361,13 @@ void llama_memory_rwkv_ms::state_read(llama_io_read_i & io, llama_seq_id seq_id,
     }
     if (header.n_layer != expected.n_layer || header.n_cell != expected.n_cell || header.n_cells != expected.n_cells) {
         throw std::runtime_error(format("rwkv-ms: the state has %u layers, %u values, %u sequences; expected %u, %u, %u",
-                    header.n_layer, header.n_cell, header.n_cells, expected.n_layer, expected.n_cell, expected.n_cells));
+                header.n_layer, header.n_cell, header.n_cells, expected.n_layer, expected.n_cell, expected.n_cells));
     }
 
-    std::vector<std::vector<float>> cells(header.n_cells, std::vector<float>(states.size()*n_cell));
+    std::vector<std::vector<float>> cells(header.n_cells, std::vector<float>(states.size() * n_cell));
 
     for (auto & data : cells) {
-        io.read(data.data(), data.size()*sizeof(float));
+        io.read(data.data(), data.size() * sizeof(float));
 
         const std::string what = check_cell(data.data());
         if (!what.empty()) {
@@ -418,7 +416,7 @@ int64_t llama_rwkv_ms_get_state(llama_context * ctx, llama_seq_id seq_id, uint32
     const auto & params = mem->get_weights().params;
     const auto   cell   = mem->get_cell(seq_id);
 
-    return ggml_rwkv_ms_cell_get(&params, cell.data() + i*ggml_rwkv_ms_n_cell(&params), S, prev);
+    return ggml_rwkv_ms_cell_get(&params, cell.data() + i * ggml_rwkv_ms_n_cell(&params), S, prev);
 }
 
 bool llama_rwkv_ms_set_state(llama_context * ctx, llama_seq_id seq_id, uint32_t i, const float * S, const float * prev, int64_t n_tokens) {
@@ -432,7 +430,7 @@ bool llama_rwkv_ms_set_state(llama_context * ctx, llama_seq_id seq_id, uint32_t 
     const auto & params = mem->get_weights().params;
     auto         cell   = mem->get_cell(seq_id);
 
-    ggml_rwkv_ms_cell_set(&params, cell.data() + i*ggml_rwkv_ms_n_cell(&params), S, prev, n_tokens);
+    ggml_rwkv_ms_cell_set(&params, cell.data() + i * ggml_rwkv_ms_n_cell(&params), S, prev, n_tokens);
 
     if (!mem->check_cell(cell.data()).empty()) {
         return false;

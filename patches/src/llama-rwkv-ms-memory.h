@@ -14,20 +14,20 @@ class llama_memory_rwkv_ms : public llama_kv_cache_iswa {
 public:
     // the arguments after weights go to llama_kv_cache_iswa
     llama_memory_rwkv_ms(
-            const llama_model   & model,
-            const llama_rwkv_ms & weights,
-                    ggml_type     type_k,
-                    ggml_type     type_v,
-                         bool     v_trans,
-                         bool     offload,
-                         bool     swa_full,
-                         bool     unified,
-                     uint32_t     kv_size,
-                     uint32_t     n_seq_max,
-                     uint32_t     n_ubatch,
-                     uint32_t     n_pad,
-        const layer_filter_cb   & filter,
-        const  layer_reuse_cb   & reuse);
+            const llama_model &     model,
+            const llama_rwkv_ms &   weights,
+            ggml_type               type_k,
+            ggml_type               type_v,
+            bool                    v_trans,
+            bool                    offload,
+            bool                    swa_full,
+            bool                    unified,
+            uint32_t                kv_size,
+            uint32_t                n_seq_max,
+            uint32_t                n_ubatch,
+            uint32_t                n_pad,
+            const layer_filter_cb & filter,
+            const layer_reuse_cb &  reuse);
 
     //
     // llama_memory_i
@@ -35,23 +35,23 @@ public:
 
     llama_memory_context_ptr init_batch(
             llama_batch_allocr & balloc,
-            uint32_t n_ubatch,
-            bool embd_all) override;
+            uint32_t             n_ubatch,
+            bool                 embd_all) override;
 
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
 
     void clear(bool data) override;
 
-    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
-    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
-    void seq_keep(llama_seq_id seq_id)                                                          override;
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id) override;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     //
     // llama_memory_rwkv_ms specific API
@@ -75,7 +75,7 @@ public:
     void flush();
 
 private:
-    const llama_model   & model;
+    const llama_model &   model;
     const llama_rwkv_ms & weights;
 
     const uint32_t n_cells;

@@ -15,11 +15,18 @@ struct llama_rwkv_ms_sha256 {
     digest final();
 
     static digest      hash(const void * data, size_t size);
-    static std::string hex (const digest & d); // lower case
+    static std::string hex(const digest & d); // lower case
 
 private:
     std::array<uint32_t, 8> state = {
-        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19,
+        0x6a09e667,
+        0xbb67ae85,
+        0x3c6ef372,
+        0xa54ff53a,
+        0x510e527f,
+        0x9b05688c,
+        0x1f83d9ab,
+        0x5be0cd19,
     };
 
     uint64_t n_bytes = 0;

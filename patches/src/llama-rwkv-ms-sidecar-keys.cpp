@@ -62,15 +62,40 @@ static json rwkv_ms_kv_json(const gguf_context * gguf, const char * key) {
 
 static void rwkv_ms_check_keys(const gguf_context * gguf) {
     static const std::set<std::string> known = {
-        "schema", "format_version", "rwkv_ms_semantics_version", "rwkv_ms_state_dtype", "memory_backend",
-        "memory_readout_mode", "base_gguf_sha256", "tensor_name_format", "rwkv_ms_boundary_mode", "tensor_count",
-        "rank", "num_state_heads", "rwkv_ms_num_states", "rwkv_ms_chunk_size", "total_numel", "total_bytes", "alpha",
-        "target_layers_json", "delta_heads_json", "per_layer_attention_json", "config_json", "tensor_manifest_json",
+        "schema",
+        "format_version",
+        "rwkv_ms_semantics_version",
+        "rwkv_ms_state_dtype",
+        "memory_backend",
+        "memory_readout_mode",
+        "base_gguf_sha256",
+        "tensor_name_format",
+        "rwkv_ms_boundary_mode",
+        "tensor_count",
+        "rank",
+        "num_state_heads",
+        "rwkv_ms_num_states",
+        "rwkv_ms_chunk_size",
+        "total_numel",
+        "total_bytes",
+        "alpha",
+        "target_layers_json",
+        "delta_heads_json",
+        "per_layer_attention_json",
+        "config_json",
+        "tensor_manifest_json",
     };
     // for people, not for the maths
     static const std::set<std::string> informative = {
-        "status", "memory_type", "base_model", "checkpoint_repo", "base_gguf", "mmproj_gguf", "mmproj_gguf_sha256",
-        "adapter_metadata_json", "required_runtime_hooks_json",
+        "status",
+        "memory_type",
+        "base_model",
+        "checkpoint_repo",
+        "base_gguf",
+        "mmproj_gguf",
+        "mmproj_gguf_sha256",
+        "adapter_metadata_json",
+        "required_runtime_hooks_json",
     };
 
     for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
@@ -150,12 +175,11 @@ static void rwkv_ms_read_hparams(const gguf_context * gguf, const json & config,
 
     auto & hparams = res.hparams;
 
-    rwkv_ms_read_mode(gguf, config, "memory_backend",        "rwkv_ms");
-    rwkv_ms_read_mode(gguf, config, "memory_readout_mode",   "delta");
+    rwkv_ms_read_mode(gguf, config, "memory_backend", "rwkv_ms");
+    rwkv_ms_read_mode(gguf, config, "memory_readout_mode", "delta");
     rwkv_ms_read_mode(gguf, config, "rwkv_ms_boundary_mode", "fixed_chunk");
 
-    const int64_t semantics = config.contains("rwkv_ms_semantics_version") ?
-        llama_rwkv_ms_json_int(what, config, "rwkv_ms_semantics_version", 1, 2) : 1;
+    const int64_t semantics = config.contains("rwkv_ms_semantics_version") ? llama_rwkv_ms_json_int(what, config, "rwkv_ms_semantics_version", 1, 2) : 1;
     if (semantics != hparams.semantics) {
         llama_rwkv_ms_fail("config_json: rwkv_ms_semantics_version is %lld, but the file has %u", (long long) semantics, hparams.semantics);
     }
@@ -163,16 +187,16 @@ static void rwkv_ms_read_hparams(const gguf_context * gguf, const json & config,
         llama_rwkv_ms_fail("config_json: rwkv_ms_state_dtype must be 'f32'");
     }
 
-    hparams.rank    = rwkv_ms_read_u32(gguf, config, "rank",               256);
-    hparams.n_head  = rwkv_ms_read_u32(gguf, config, "num_state_heads",    64);
+    hparams.rank    = rwkv_ms_read_u32(gguf, config, "rank", 256);
+    hparams.n_head  = rwkv_ms_read_u32(gguf, config, "num_state_heads", 64);
     hparams.n_state = rwkv_ms_read_u32(gguf, config, "rwkv_ms_num_states", 1024);
     hparams.n_chunk = rwkv_ms_read_u32(gguf, config, "rwkv_ms_chunk_size", RWKV_MS_MAX_PERIOD);
 
-    if ((int64_t) hparams.n_chunk*hparams.n_state > RWKV_MS_MAX_PERIOD) {
+    if ((int64_t) hparams.n_chunk * hparams.n_state > RWKV_MS_MAX_PERIOD) {
         llama_rwkv_ms_fail("rwkv_ms_chunk_size*rwkv_ms_num_states is %lld, at most %lld are implemented",
-                (long long) hparams.n_chunk*hparams.n_state, (long long) RWKV_MS_MAX_PERIOD);
+                (long long) hparams.n_chunk * hparams.n_state, (long long) RWKV_MS_MAX_PERIOD);
     }
-    if ((uint64_t) hparams.n_head*hparams.n_state*hparams.rank*hparams.rank > RWKV_MS_MAX_CELL) {
+    if ((uint64_t) hparams.n_head * hparams.n_state * hparams.rank * hparams.rank > RWKV_MS_MAX_CELL) {
         llama_rwkv_ms_fail("rank, num_state_heads and rwkv_ms_num_states give a state of more than %llu values a layer",
                 (unsigned long long) RWKV_MS_MAX_CELL);
     }
@@ -188,9 +212,9 @@ static void rwkv_ms_read_hparams(const gguf_context * gguf, const json & config,
 
     const std::string mode = llama_rwkv_ms_json_str(what, config, "state_update_mode");
     hparams.update_mode =
-        mode == "standard"       ? 0 :
-        mode == "lambda_outside" ? 1 :
-        mode == "no_lambda"      ? 2 : -1;
+            mode == "standard" ? 0 : mode == "lambda_outside" ? 1
+            : mode == "no_lambda"                             ? 2
+                                                              : -1;
     if (hparams.update_mode < 0) {
         llama_rwkv_ms_fail("config_json: state_update_mode is %s, must be standard, lambda_outside or no_lambda", llama_rwkv_ms_quote(mode).c_str());
     }
@@ -223,7 +247,7 @@ static void rwkv_ms_read_layers(const gguf_context * gguf, const json & config, 
 
     for (size_t i = 0; i < ils.size(); ++i) {
         const std::string what = "per_layer_attention_json[" + std::to_string(i) + "]";
-        const json      & obj  = attention.at(i);
+        const json &      obj  = attention.at(i);
 
         if (i > 0 && ils[i] <= ils[i - 1]) {
             llama_rwkv_ms_fail("target_layers_json must be in ascending order without duplicates");
@@ -236,7 +260,7 @@ static void rwkv_ms_read_layers(const gguf_context * gguf, const json & config, 
         layer.il = (int32_t) ils[i];
 
         const std::string kind = llama_rwkv_ms_json_str(what, obj, "attention_kind");
-        layer.is_swa = kind == "sliding_attention" || kind == "sliding";
+        layer.is_swa           = kind == "sliding_attention" || kind == "sliding";
         if (!layer.is_swa && kind != "full_attention" && kind != "full") {
             llama_rwkv_ms_fail("%s: attention_kind is %s, must be sliding_attention or full_attention", what.c_str(), llama_rwkv_ms_quote(kind).c_str());
         }
@@ -244,7 +268,7 @@ static void rwkv_ms_read_layers(const gguf_context * gguf, const json & config, 
         for (int h = 0; h < 4; ++h) {
             // null: a layer that shares the KV of an earlier one has no projection of its own
             const bool is_null = obj.contains(widths[h]) && obj.at(widths[h]).is_null();
-            layer.width[h] = is_null ? 0 : llama_rwkv_ms_json_int(what, obj, widths[h], 0, RWKV_MS_MAX_EMBD);
+            layer.width[h]     = is_null ? 0 : llama_rwkv_ms_json_int(what, obj, widths[h], 0, RWKV_MS_MAX_EMBD);
             if (res.head[h] && layer.width[h] == 0) {
                 llama_rwkv_ms_fail("%s: %s must be positive, because delta head %c is active", what.c_str(), widths[h], RWKV_MS_HEADS[h]);
             }
@@ -284,12 +308,12 @@ llama_rwkv_ms_manifest llama_rwkv_ms_sidecar_read_keys(const gguf_context * gguf
 
     llama_rwkv_ms_config_check(config);
     rwkv_ms_read_hparams(gguf, config, res);
-    rwkv_ms_read_layers (gguf, config, res);
+    rwkv_ms_read_layers(gguf, config, res);
 
     llama_rwkv_ms_manifest manifest;
     manifest.entries   = rwkv_ms_kv_json(gguf, "tensor_manifest_json");
-    manifest.n_tensors = rwkv_ms_kv_u32 (gguf, "tensor_count");
-    manifest.n_numel   = rwkv_ms_kv_u64 (gguf, "total_numel");
-    manifest.n_bytes   = rwkv_ms_kv_u64 (gguf, "total_bytes");
+    manifest.n_tensors = rwkv_ms_kv_u32(gguf, "tensor_count");
+    manifest.n_numel   = rwkv_ms_kv_u64(gguf, "total_numel");
+    manifest.n_bytes   = rwkv_ms_kv_u64(gguf, "total_bytes");
     return manifest;
 }

@@ -17,14 +17,14 @@ static void rwkv_ms_check_layer(const llama_rwkv_ms_sidecar & sidecar, const lla
 
     if (layer.is_swa != hparams.is_swa(il)) {
         llama_rwkv_ms_fail("per_layer_attention_json: layer %u is %s attention, but the base has %s there", il,
-                layer.is_swa      ? "sliding" : "full",
+                layer.is_swa ? "sliding" : "full",
                 hparams.is_swa(il) ? "sliding" : "full");
     }
 
     static const char * const names[4] = { "q_out", "k_out", "v_out", "o_out" };
 
     const int64_t widths[4] = {
-        (int64_t) hparams.n_embd_head_k(il)*hparams.n_head(il),
+        (int64_t) hparams.n_embd_head_k(il) * hparams.n_head(il),
         (int64_t) hparams.n_embd_k_gqa(il),
         (int64_t) hparams.n_embd_v_gqa(il),
         (int64_t) hparams.n_embd,

@@ -38,32 +38,32 @@ static std::map<std::string, rwkv_ms_spec> rwkv_ms_layer_specs(const llama_rwkv_
     const int64_t L = sidecar.hparams.n_lora;
 
     std::map<std::string, rwkv_ms_spec> res = {
-        { "mem_q",  {{D, H}, false, false} }, // of other backends
-        { "mem_k",  {{D, H}, false, false} },
-        { "mem_v",  {{D, H}, true,  true } },
-        { "beta",   {{G, H}, true,  true } },
-        { "beta_b", {{G},    true,  true } },
+        { "mem_q", { { D, H }, false, false } }, // of other backends
+        { "mem_k", { { D, H }, false, false } },
+        { "mem_v", { { D, H }, true, true } },
+        { "beta", { { G, H }, true, true } },
+        { "beta_b", { { G }, true, true } },
 
-        { "rwkv.ln_x.bias", {{D}, true, false} }, // is not applied
+        { "rwkv.ln_x.bias", { { D }, true, false } }, // is not applied
     };
 
     for (const char * name : { "x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight" }) {
-        res[std::string("rwkv.") + name] = {{D}, true, true};
+        res[std::string("rwkv.") + name] = { { D }, true, true };
     }
     for (const char * name : { "receptance", "key", "value", "output" }) {
-        res[std::string("rwkv.") + name + ".weight"] = {{D, D}, true, true};
+        res[std::string("rwkv.") + name + ".weight"] = { { D, D }, true, true };
     }
     for (const char * name : { "w", "a", "g" }) {
-        res[std::string("rwkv.") + name + "1"] = {{D, L}, true, true};
-        res[std::string("rwkv.") + name + "2"] = {{L, D}, true, true};
+        res[std::string("rwkv.") + name + "1"] = { { D, L }, true, true };
+        res[std::string("rwkv.") + name + "2"] = { { L, D }, true, true };
     }
     if (!sidecar.hparams.couple_lambda) {
-        res["lambda"]   = {{G, H}, true, true};
-        res["lambda_b"] = {{G},    true, true};
+        res["lambda"]   = { { G, H }, true, true };
+        res["lambda_b"] = { { G }, true, true };
     }
     for (int h = 0; h < 4; ++h) {
         if (layer.width[h] > 0) {
-            res[std::string("delta_") + "qkvo"[h]] = {{layer.width[h], D}, sidecar.head[h], sidecar.head[h]};
+            res[std::string("delta_") + "qkvo"[h]] = { { layer.width[h], D }, sidecar.head[h], sidecar.head[h] };
         }
     }
     return res;
@@ -72,20 +72,24 @@ static std::map<std::string, rwkv_ms_spec> rwkv_ms_layer_specs(const llama_rwkv_
 // the name in the checkpoint, spec: model.language_model.layers.{L}.self_attn.{tail}
 static std::string rwkv_ms_source_name(int32_t il, const std::string & name) {
     static const std::map<std::string, std::string> tails = {
-        { "mem_q", "memory_q_proj" }, { "mem_k", "memory_k_proj" }, { "mem_v", "memory_v_proj" },
-        { "beta", "beta_proj" }, { "beta_b", "beta_bias" }, { "lambda", "lambda_proj" }, { "lambda_b", "lambda_bias" },
+        { "mem_q", "memory_q_proj" },
+        { "mem_k", "memory_k_proj" },
+        { "mem_v", "memory_v_proj" },
+        { "beta", "beta_proj" },
+        { "beta_b", "beta_bias" },
+        { "lambda", "lambda_proj" },
+        { "lambda_b", "lambda_bias" },
     };
 
     const auto it = tails.find(name);
 
-    return "model.language_model.layers." + std::to_string(il) + ".self_attn." + (
-        it != tails.end()            ? it->second                              :
-        name.rfind("rwkv.",  0) == 0 ? "hrm_rwkv7_core." + name.substr(5) : name + "_proj");
+    return "model.language_model.layers." + std::to_string(il) + ".self_attn." + (it != tails.end() ? it->second : name.rfind("rwkv.", 0) == 0 ? "hrm_rwkv7_core." + name.substr(5)
+                                                                                                                                               : name + "_proj");
 }
 
 struct rwkv_ms_reader {
     const std::vector<uint8_t> & file;
-    const gguf_context         * gguf;
+    const gguf_context *         gguf;
 
     std::map<std::string, int64_t>      ids;      // tensors of the file
     std::map<std::string, const json *> manifest;
@@ -120,7 +124,7 @@ struct rwkv_ms_reader {
 
     void                 index(const llama_rwkv_ms_manifest & m);
     void                 check(const std::string & name, const std::string & source, const rwkv_ms_spec & spec) const;
-    llama_rwkv_ms_tensor load (const std::string & name, const rwkv_ms_spec & spec) const;
+    llama_rwkv_ms_tensor load(const std::string & name, const rwkv_ms_spec & spec) const;
 };
 
 void rwkv_ms_reader::index(const llama_rwkv_ms_manifest & m) {
@@ -145,16 +149,17 @@ void rwkv_ms_reader::index(const llama_rwkv_ms_manifest & m) {
             llama_rwkv_ms_fail("is truncated: tensor %s ends at byte %zu, the file has %zu: copy it again",
                     llama_rwkv_ms_quote(name).c_str(), offs + size, file.size());
         }
-        n_numel += size/ggml_type_size(type);
+        n_numel += size / ggml_type_size(type);
         n_bytes += size;
-        end      = std::max(end, offs + GGML_PAD(size, gguf_get_alignment(gguf)));
+        end = std::max(end, offs + GGML_PAD(size, gguf_get_alignment(gguf)));
     }
     if (file.size() > end) {
         llama_rwkv_ms_fail("has %zu bytes after its last tensor: copy or export it again", file.size() - end);
     }
     if (ids.size() != m.n_tensors || n_numel != m.n_numel || n_bytes != m.n_bytes) {
         llama_rwkv_ms_fail("keys 'delta_mem.tensor_count', 'total_numel' and 'total_bytes' are %u, %llu and %llu, "
-                "but the file has %zu, %llu and %llu", m.n_tensors, (unsigned long long) m.n_numel, (unsigned long long) m.n_bytes,
+                           "but the file has %zu, %llu and %llu",
+                m.n_tensors, (unsigned long long) m.n_numel, (unsigned long long) m.n_bytes,
                 ids.size(), (unsigned long long) n_numel, (unsigned long long) n_bytes);
     }
 
@@ -188,7 +193,7 @@ void rwkv_ms_reader::check(const std::string & name, const std::string & source,
         llama_rwkv_ms_fail("tensor '%s' is missing in tensor_manifest_json", name.c_str());
     }
     const std::string what  = "tensor_manifest_json: " + name;
-    const json      & entry = *it->second;
+    const json &      entry = *it->second;
 
     if (llama_rwkv_ms_json_str(what, entry, "source_name") != source) {
         llama_rwkv_ms_fail("%s: source_name must be '%s'", what.c_str(), source.c_str());
@@ -198,7 +203,7 @@ void rwkv_ms_reader::check(const std::string & name, const std::string & source,
     }
 
     std::string type = llama_rwkv_ms_json_str(what, entry, "gguf_type");
-    type = type.substr(type.rfind('.') + 1); // an enum's name may stand before it
+    type             = type.substr(type.rfind('.') + 1); // an enum's name may stand before it
     for (char & c : type) {
         c = (char) tolower((unsigned char) c);
     }
@@ -207,7 +212,7 @@ void rwkv_ms_reader::check(const std::string & name, const std::string & source,
                 ggml_type_name(gguf_get_tensor_type(gguf, id)));
     }
     if ((size_t) llama_rwkv_ms_json_int(what, entry, "bytes", 0, INT64_MAX) != size ||
-        (size_t) llama_rwkv_ms_json_int(what, entry, "numel", 0, INT64_MAX) != size/ggml_type_size(gguf_get_tensor_type(gguf, id))) {
+            (size_t) llama_rwkv_ms_json_int(what, entry, "numel", 0, INT64_MAX) != size / ggml_type_size(gguf_get_tensor_type(gguf, id))) {
         llama_rwkv_ms_fail("%s: bytes and numel do not match the tensor's %zu bytes", what.c_str(), size);
     }
 
@@ -221,7 +226,7 @@ void rwkv_ms_reader::check(const std::string & name, const std::string & source,
 llama_rwkv_ms_tensor rwkv_ms_reader::load(const std::string & name, const rwkv_ms_spec & spec) const {
     const int64_t   id   = ids.at(name);
     const ggml_type type = gguf_get_tensor_type(gguf, id);
-    const size_t    n    = gguf_get_tensor_size(gguf, id)/ggml_type_size(type);
+    const size_t    n    = gguf_get_tensor_size(gguf, id) / ggml_type_size(type);
     const uint8_t * src  = data(id);
 
     llama_rwkv_ms_tensor res;
@@ -231,11 +236,11 @@ llama_rwkv_ms_tensor rwkv_ms_reader::load(const std::string & name, const rwkv_m
     // memcpy: the data of the file has no alignment in memory
     for (size_t i = 0; i < n; ++i) {
         if (type == GGML_TYPE_F32) {
-            memcpy(&res.data[i], src + 4*i, 4);
+            memcpy(&res.data[i], src + 4 * i, 4);
         } else {
             uint16_t x;
-            memcpy(&x, src + 2*i, 2);
-            res.data[i] = type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(x) : ggml_bf16_to_fp32(ggml_bf16_t{x});
+            memcpy(&x, src + 2 * i, 2);
+            res.data[i] = type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(x) : ggml_bf16_to_fp32(ggml_bf16_t{ x });
         }
         if (!std::isfinite(res.data[i])) {
             llama_rwkv_ms_fail("tensor '%s' has a NaN or Inf at element %zu: export a sound checkpoint", name.c_str(), i);
@@ -245,10 +250,10 @@ llama_rwkv_ms_tensor rwkv_ms_reader::load(const std::string & name, const rwkv_m
 }
 
 void llama_rwkv_ms_sidecar_read_tensors(
-        const gguf_context           * gguf,
-        const std::vector<uint8_t>   & file,
+        const gguf_context *           gguf,
+        const std::vector<uint8_t> &   file,
         const llama_rwkv_ms_manifest & manifest,
-        llama_rwkv_ms_sidecar        & res) {
+        llama_rwkv_ms_sidecar &        res) {
     rwkv_ms_reader reader = { file, gguf, {}, {} };
     reader.index(manifest);
 

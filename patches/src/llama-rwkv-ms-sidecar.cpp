@@ -52,7 +52,7 @@ static void rwkv_ms_file_read(FILE * file, const F & func) {
 // the whole file at once: what is hashed is then what is parsed
 static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
     std::vector<uint8_t> res;
-    const auto file = rwkv_ms_file_open(path);
+    const auto           file = rwkv_ms_file_open(path);
     rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t size) {
         if (res.size() + size > RWKV_MS_MAX_FILE) {
             llama_rwkv_ms_fail("is larger than %zu MiB, which no sidecar is: is it the base model?", RWKV_MS_MAX_FILE >> 20);
@@ -77,7 +77,7 @@ static void rwkv_ms_sidecar_read(const std::vector<uint8_t> & file, llama_rwkv_m
         llama_rwkv_ms_fail("is a GGUF file of version %u, a sidecar has version 3", version);
     }
 
-    gguf_context_ptr gguf(gguf_init_from_buffer(file.data(), file.size(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
+    gguf_context_ptr gguf(gguf_init_from_buffer(file.data(), file.size(), { /*no_alloc =*/true, /*ctx =*/nullptr }));
     if (!gguf) {
         // what exactly is only in the log: gguf.h does not return it
         llama_rwkv_ms_fail("is a truncated or malformed GGUF file, or has a key or tensor twice (see the log): copy or export it again");
@@ -102,7 +102,7 @@ static void rwkv_ms_sidecar_read(const std::vector<uint8_t> & file, llama_rwkv_m
 }
 
 std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_load(const char * path) {
-    auto res = std::make_unique<llama_rwkv_ms_sidecar>();
+    auto res  = std::make_unique<llama_rwkv_ms_sidecar>();
     res->path = path;
 
     try {
@@ -115,7 +115,7 @@ std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_load(const char * p
         llama_rwkv_ms_sha256 both;
         both.update(digest.data(), digest.size());
         for (size_t i = 0; i < digest.size(); ++i) {
-            const uint8_t byte = (uint8_t) std::stoi(res->base_sha256.substr(2*i, 2), nullptr, 16);
+            const uint8_t byte = (uint8_t) std::stoi(res->base_sha256.substr(2 * i, 2), nullptr, 16);
             both.update(&byte, 1);
         }
         res->fingerprint = llama_rwkv_ms_sha256::hex(both.final());
@@ -136,7 +136,7 @@ void llama_rwkv_ms_sidecar::base_hash_start(const char * path) {
     path_base = path;
     base_hash = std::async(std::launch::async, [this]() {
         llama_rwkv_ms_sha256 sha;
-        const auto file = rwkv_ms_file_open(path_base);
+        const auto           file = rwkv_ms_file_open(path_base);
         rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t size) {
             sha.update(data, size);
             return !base_hash_cancel;

@@ -27,7 +27,7 @@ struct llama_rwkv_ms_hparams {
     int  update_mode   = 0; // 0 standard, 1 lambda_outside, 2 no_lambda
     bool couple_lambda = true;
 
-    uint32_t n_rank_total() const { return rank*n_head; } // D
+    uint32_t n_rank_total() const { return rank * n_head; } // D
 };
 
 struct llama_rwkv_ms_tensor {
@@ -63,7 +63,7 @@ struct llama_rwkv_ms_sidecar {
     llama_rwkv_ms_sidecar() = default;
     ~llama_rwkv_ms_sidecar(); // does not wait for the whole base to be hashed
 
-    llama_rwkv_ms_sidecar(const llama_rwkv_ms_sidecar &) = delete;
+    llama_rwkv_ms_sidecar(const llama_rwkv_ms_sidecar &)             = delete;
     llama_rwkv_ms_sidecar & operator=(const llama_rwkv_ms_sidecar &) = delete;
 
     // hashes the base in a thread of its own, so that it overlaps with loading the weights
@@ -73,7 +73,7 @@ struct llama_rwkv_ms_sidecar {
     void base_hash_check() const;
 
 private:
-    std::atomic<bool>               base_hash_cancel{false};
+    std::atomic<bool>               base_hash_cancel{ false };
     std::shared_future<std::string> base_hash;
 };
 

@@ -13,12 +13,12 @@
 
 ggml_context_ptr llama_rwkv_ms_ctx(size_t n_tensors) {
     ggml_init_params params = {
-        /*.mem_size   =*/ n_tensors*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
+        /*.mem_size   =*/n_tensors * ggml_tensor_overhead(),
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
     };
 
-    ggml_context_ptr ctx { ggml_init(params) };
+    ggml_context_ptr ctx{ ggml_init(params) };
     if (!ctx) {
         throw std::runtime_error("failed to create a ggml context");
     }
@@ -70,7 +70,7 @@ std::vector<float> llama_rwkv_ms_pack_core(const llama_rwkv_ms_tensors & tensors
         llama_rwkv_ms_append(res, tensors, "lambda_b");
     }
     for (const char * name : { "x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight",
-                               "w1", "a1", "g1", "w2", "a2", "g2" }) {
+                 "w1", "a1", "g1", "w2", "a2", "g2" }) {
         llama_rwkv_ms_append(res, tensors, (std::string("rwkv.") + name).c_str());
     }
 
@@ -83,7 +83,7 @@ std::vector<float> llama_rwkv_ms_pack_core(const llama_rwkv_ms_tensors & tensors
 
         for (int64_t i = 0; i < n_in; ++i) {
             for (int64_t o = 0; o < n_out; ++o) {
-                res.push_back(tensor.data[o*n_in + i]);
+                res.push_back(tensor.data[o * n_in + i]);
             }
         }
     }
@@ -107,11 +107,11 @@ ggml_backend_buffer_type_t llama_rwkv_ms_buft_op(const llama_model & model, cons
     auto * dev     = model.dev_layer(il);
 
     if (dev && dev != dev_cpu) {
-        const int64_t D = params.n_head*params.n_rank;
+        const int64_t D = params.n_head * params.n_rank;
 
         ggml_context_ptr ctx = llama_rwkv_ms_ctx(5);
 
-        auto * x     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, D + (params.couple_lambda ? 1 : 2)*params.n_gate, 1);
+        auto * x     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, D + (params.couple_lambda ? 1 : 2) * params.n_gate, 1);
         auto * w     = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_weight(&params));
         auto * state = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_cell(&params), 1);
         auto * ids   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2, 1);
@@ -129,12 +129,12 @@ llama_rwkv_ms::llama_rwkv_ms(const llama_model & model, const llama_rwkv_ms_side
     no_alloc(model.hparams.no_alloc) {
     const auto & hparams = sidecar.hparams;
 
-    auto set_hex = [](char (& dst)[65], const std::string & src) {
+    auto set_hex = [](char (&dst)[65], const std::string & src) {
         snprintf(dst, sizeof(dst), "%s", src.c_str());
     };
     set_hex(info.sidecar_sha256, sidecar.sha256);
-    set_hex(info.base_sha256,    sidecar.base_sha256);
-    set_hex(info.fingerprint,    sidecar.fingerprint);
+    set_hex(info.base_sha256, sidecar.base_sha256);
+    set_hex(info.fingerprint, sidecar.fingerprint);
 
     info.n_layer   = sidecar.layers.size();
     info.rank      = hparams.rank;
@@ -145,8 +145,8 @@ llama_rwkv_ms::llama_rwkv_ms(const llama_model & model, const llama_rwkv_ms_side
     info.alpha     = hparams.alpha;
     info.mode      = mode;
 
-    const int64_t D      = params.n_head*params.n_rank;
-    const int64_t n_in   = D + (params.couple_lambda ? 1 : 2)*params.n_gate;
+    const int64_t D      = params.n_head * params.n_rank;
+    const int64_t n_in   = D + (params.couple_lambda ? 1 : 2) * params.n_gate;
     const int64_t n_embd = model.hparams.n_embd;
 
     const char * head_name[LLAMA_RWKV_MS_HEAD_COUNT] = { "delta_q", "delta_k", "delta_v", "delta_o" };
@@ -156,7 +156,7 @@ llama_rwkv_ms::llama_rwkv_ms(const llama_model & model, const llama_rwkv_ms_side
     auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
         auto & ctx = ctx_map[buft];
         if (!ctx) {
-            ctx = llama_rwkv_ms_ctx(sidecar.layers.size()*(2 + LLAMA_RWKV_MS_HEAD_COUNT));
+            ctx = llama_rwkv_ms_ctx(sidecar.layers.size() * (2 + LLAMA_RWKV_MS_HEAD_COUNT));
         }
         return ctx.get();
     };
@@ -200,7 +200,7 @@ llama_rwkv_ms::llama_rwkv_ms(const llama_model & model, const llama_rwkv_ms_side
         ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
 
         LLAMA_LOG_INFO("%s: %10s sidecar buffer size = %8.2f MiB\n", __func__,
-                ggml_backend_buft_name(buft), ggml_backend_buffer_get_size(buf.get())/1024.0/1024.0);
+                ggml_backend_buft_name(buft), ggml_backend_buffer_get_size(buf.get()) / 1024.0 / 1024.0);
 
         ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
     }
@@ -210,19 +210,19 @@ llama_rwkv_ms::llama_rwkv_ms(const llama_model & model, const llama_rwkv_ms_side
     }
 
     auto set = [](ggml_tensor * tensor, const std::vector<float> & data) {
-        GGML_ASSERT(ggml_nbytes(tensor) == data.size()*sizeof(float));
+        GGML_ASSERT(ggml_nbytes(tensor) == data.size() * sizeof(float));
         ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));
     };
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & tensors = sidecar.layers[i].tensors;
 
-        set(layers[i].in,   llama_rwkv_ms_pack_in  (tensors, params.couple_lambda));
+        set(layers[i].in, llama_rwkv_ms_pack_in(tensors, params.couple_lambda));
         set(layers[i].core, llama_rwkv_ms_pack_core(tensors, params.couple_lambda));
 
         for (int h = 0; h < LLAMA_RWKV_MS_HEAD_COUNT; ++h) {
             if (layers[i].delta[h]) {
-                set(layers[i].delta[h], llama_rwkv_ms_pack_delta(tensors, head_name[h], hparams.alpha/hparams.rank));
+                set(layers[i].delta[h], llama_rwkv_ms_pack_delta(tensors, head_name[h], hparams.alpha / hparams.rank));
             }
         }
     }
@@ -240,13 +240,13 @@ const llama_rwkv_ms_layer * llama_rwkv_ms::get_layer(int32_t il) const {
 void llama_rwkv_ms::check_cparams(const llama_cparams & cparams) const {
     if (info.mode != LLAMA_RWKV_MS_MODE_BATCHED && cparams.n_seq_max > 1) {
         throw std::runtime_error(format(
-                    "rwkv-ms: mode '%s' allows one sequence, this context has %u: use one, or --rwkv-ms-mode batched",
-                    llama_rwkv_ms_mode_name(info.mode), cparams.n_seq_max));
+                "rwkv-ms: mode '%s' allows one sequence, this context has %u: use one, or --rwkv-ms-mode batched",
+                llama_rwkv_ms_mode_name(info.mode), cparams.n_seq_max));
     }
     if (info.mode == LLAMA_RWKV_MS_MODE_SERIAL && cparams.n_ubatch > 1) {
         throw std::runtime_error(format(
-                    "rwkv-ms: mode 'serial' allows --ubatch-size 1, this context has %u: use 1, or --rwkv-ms-mode fused",
-                    cparams.n_ubatch));
+                "rwkv-ms: mode 'serial' allows --ubatch-size 1, this context has %u: use 1, or --rwkv-ms-mode fused",
+                cparams.n_ubatch));
     }
 }
 
@@ -255,9 +255,7 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_rwkv_ms::memory_breakdown() c
     for (const auto & [ctx, buf] : ctxs_bufs) {
         auto * buft = ggml_backend_buffer_get_type(buf.get());
 
-        res[buft] += no_alloc ?
-            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) :
-            ggml_backend_buffer_get_size(buf.get());
+        res[buft] += no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
     }
     return res;
 }
@@ -304,22 +302,6 @@ void llama_rwkv_ms_sidecar_free(llama_rwkv_ms_sidecar * sidecar) {
     delete sidecar;
 }
 
-// "0-5" or "0,2,7"
-static std::string llama_rwkv_ms_layers_str(const std::vector<llama_rwkv_ms_layer> & layers) {
-    const int32_t il0 = layers.front().il;
-    const int32_t il1 = layers.back().il;
-
-    if (layers.size() > 1 && il1 - il0 + 1 == (int32_t) layers.size()) {
-        return format("%d-%d", il0, il1);
-    }
-
-    std::string res;
-    for (const auto & layer : layers) {
-        res += (res.empty() ? "" : ",") + std::to_string(layer.il);
-    }
-    return res;
-}
-
 bool llama_model_set_rwkv_ms(llama_model * model, const llama_rwkv_ms_sidecar * sidecar, llama_rwkv_ms_mode mode, char * err, size_t n_err) {
     try {
         if (model->rwkv_ms) {
@@ -331,12 +313,6 @@ bool llama_model_set_rwkv_ms(llama_model * model, const llama_rwkv_ms_sidecar * 
         sidecar->base_hash_check();
 
         model->rwkv_ms = std::make_unique<llama_rwkv_ms>(*model, *sidecar, mode);
-
-        const auto & info = model->rwkv_ms->info;
-
-        LLAMA_LOG_INFO("rwkv-ms: memory active: layers=%s rank=%u states=%u chunk=%u semantics=%u mode=%s sidecar=%s base=%s\n",
-                llama_rwkv_ms_layers_str(model->rwkv_ms->layers).c_str(), info.rank, info.n_state, info.n_chunk, info.semantics,
-                llama_rwkv_ms_mode_name(mode), info.sidecar_sha256, info.base_sha256);
         return true;
     } catch (const std::exception & e) {
         llama_rwkv_ms_error(err, n_err, e.what());
@@ -345,12 +321,12 @@ bool llama_model_set_rwkv_ms(llama_model * model, const llama_rwkv_ms_sidecar * 
 }
 
 bool llama_model_load_rwkv_ms(
-        llama_model * model,
-        const char * path_sidecar,
-        const char * path_base,
+        llama_model *      model,
+        const char *       path_sidecar,
+        const char *       path_base,
         llama_rwkv_ms_mode mode,
         char * err, size_t n_err) {
-    std::unique_ptr<llama_rwkv_ms_sidecar> sidecar { llama_rwkv_ms_sidecar_init(path_sidecar, path_base, err, n_err) };
+    std::unique_ptr<llama_rwkv_ms_sidecar> sidecar{ llama_rwkv_ms_sidecar_init(path_sidecar, path_base, err, n_err) };
 
     return sidecar && llama_model_set_rwkv_ms(model, sidecar.get(), mode, err, n_err);
 }

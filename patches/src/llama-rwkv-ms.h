@@ -22,7 +22,7 @@ enum llama_rwkv_ms_mode {
 
 // -1 if the name is not one of serial, fused, batched
 LLAMA_API int32_t      llama_rwkv_ms_mode_from_name(const char * name);
-LLAMA_API const char * llama_rwkv_ms_mode_name     (enum llama_rwkv_ms_mode mode);
+LLAMA_API const char * llama_rwkv_ms_mode_name(enum llama_rwkv_ms_mode mode);
 
 // identity of this build: <upstream commit>+<hash of the patch set>
 LLAMA_API const char * llama_rwkv_ms_build_id(void);
@@ -45,23 +45,23 @@ LLAMA_API void llama_rwkv_ms_sidecar_free(struct llama_rwkv_ms_sidecar * sidecar
 // Waits for the base's hash and refuses a base other than the bound one (not checked if path_base was NULL: for estimates).
 // On success the model keeps what it needs; the caller still frees the sidecar.
 LLAMA_API bool llama_model_set_rwkv_ms(
-        struct llama_model * model,
+        struct llama_model *                 model,
         const struct llama_rwkv_ms_sidecar * sidecar,
-        enum llama_rwkv_ms_mode mode,
+        enum llama_rwkv_ms_mode              mode,
         char * err, size_t n_err);
 
 // the three calls above in one
 LLAMA_API bool llama_model_load_rwkv_ms(
-        struct llama_model * model,
-        const char * path_sidecar,
-        const char * path_base,
+        struct llama_model *    model,
+        const char *            path_sidecar,
+        const char *            path_base,
         enum llama_rwkv_ms_mode mode,
         char * err, size_t n_err);
 
 struct llama_rwkv_ms_info {
     char sidecar_sha256[65]; // of the sidecar file
-    char base_sha256   [65]; // of the base GGUF that the sidecar is bound to
-    char fingerprint   [65]; // SHA-256 over both: what a state belongs to
+    char base_sha256[65]; // of the base GGUF that the sidecar is bound to
+    char fingerprint[65]; // SHA-256 over both: what a state belongs to
 
     uint32_t n_layer;        // target layers
     uint32_t rank;           // R
@@ -84,19 +84,19 @@ LLAMA_API int32_t llama_model_rwkv_ms_layer(const struct llama_model * model, ui
 // Returns the number of tokens written, -1 if there is no such sequence, layer or memory. Synchronizes the context.
 LLAMA_API int64_t llama_rwkv_ms_get_state(
         struct llama_context * ctx,
-        llama_seq_id seq_id,
-        uint32_t i,
-        float * S,
-        float * prev);
+        llama_seq_id           seq_id,
+        uint32_t               i,
+        float *                S,
+        float *                prev);
 
 // Replaces it. Non-finite values and negative counts are refused with nothing changed.
 LLAMA_API bool llama_rwkv_ms_set_state(
         struct llama_context * ctx,
-        llama_seq_id seq_id,
-        uint32_t i,
-        const float * S,
-        const float * prev,
-        int64_t n_tokens);
+        llama_seq_id           seq_id,
+        uint32_t               i,
+        const float *          S,
+        const float *          prev,
+        int64_t                n_tokens);
 
 // Runs one target layer on the CPU over host arrays, with the graph that the model runs: for tests and fixtures.
 // Tensors are given by their sidecar short names ("mem_v", "rwkv.x_r", "delta_q", ...) in torch layout, F32.
@@ -114,19 +114,19 @@ struct llama_rwkv_ms_eval_params {
     int32_t  update_mode;    // 0 standard, 1 lambda_outside, 2 no_lambda
     bool     couple_lambda;
 
-    uint32_t             n_tensors;
-    const char  * const * names;
+    uint32_t              n_tensors;
+    const char * const *  names;
     const float * const * data;
-    const int64_t       * ne;       // [n_tensors, 2] torch shape, second is 1 for vectors
+    const int64_t *       ne;       // [n_tensors, 2] torch shape, second is 1 for vectors
 
     uint32_t        n_tokens;
-    const float   * h;        // [n_tokens, n_embd]
-    const float   * features; // [n_tokens, 9*D] or NULL
+    const float *   h;        // [n_tokens, n_embd]
+    const float *   features; // [n_tokens, 9*D] or NULL
     const int32_t * mask;     // [n_tokens] or NULL; 0 live, 1 frozen (reads, nothing written), 2 padding (reads zero)
 
     // in and out
-    float   * S;        // [N, M, R, R]
-    float   * prev;     // [D]
+    float *   S;        // [N, M, R, R]
+    float *   prev;     // [D]
     int64_t * n_past;   // tokens written
 
     // out, NULL where not wanted

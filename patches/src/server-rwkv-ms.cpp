@@ -18,16 +18,16 @@ common_json server_rwkv_ms_props(const llama_model * model) {
 
     return {
         { "sidecar_sha256", info.sidecar_sha256 },
-        { "base_sha256",    info.base_sha256    },
-        { "fingerprint",    info.fingerprint    },
-        { "layers",         layers              },
-        { "rank",           info.rank           },
-        { "state_heads",    info.n_head         },
-        { "states",         info.n_state        },
-        { "chunk",          info.n_chunk        },
-        { "semantics",      info.semantics      },
-        { "mode",           llama_rwkv_ms_mode_name(info.mode) },
-        { "alpha",          info.alpha          },
+        { "base_sha256", info.base_sha256 },
+        { "fingerprint", info.fingerprint },
+        { "layers", layers },
+        { "rank", info.rank },
+        { "state_heads", info.n_head },
+        { "states", info.n_state },
+        { "chunk", info.n_chunk },
+        { "semantics", info.semantics },
+        { "mode", llama_rwkv_ms_mode_name(info.mode) },
+        { "alpha", info.alpha },
     };
 }
 
@@ -37,7 +37,7 @@ common_json server_rwkv_ms_slot(llama_context * ctx, llama_seq_id seq_id) {
         return nullptr;
     }
 
-    std::vector<float> S(info.n_head*info.n_state*info.rank*info.rank);
+    std::vector<float> S(info.n_head * info.n_state * info.rank * info.rank);
 
     int64_t     n_tokens = 0;
     common_json norms    = common_json::array();
@@ -47,15 +47,15 @@ common_json server_rwkv_ms_slot(llama_context * ctx, llama_seq_id seq_id) {
 
         double sum = 0.0;
         for (const float x : S) {
-            sum += (double) x*x;
+            sum += (double) x * x;
         }
         norms.push_back(std::sqrt(sum));
     }
 
     return {
         { "tokens_written", n_tokens },
-        { "current_state",  n_tokens/info.n_chunk % info.n_state }, // the one that the next token is written to
-        { "norms",          norms    },
+        { "current_state", n_tokens / info.n_chunk % info.n_state }, // the one that the next token is written to
+        { "norms", norms },
     };
 }
 

@@ -15,18 +15,22 @@
 
 static int n_fail = 0;
 
-#define CHECK(x)                                                          \
-    do {                                                                  \
-        if (!(x)) {                                                       \
-            printf("  FAIL %s:%d: %s\n", __FILE__, __LINE__, #x);         \
-            ++n_fail;                                                     \
-        }                                                                 \
+#define CHECK(x)                                                  \
+    do {                                                          \
+        if (!(x)) {                                               \
+            printf("  FAIL %s:%d: %s\n", __FILE__, __LINE__, #x); \
+            ++n_fail;                                             \
+        }                                                         \
     } while (0)
 
-struct model_deleter { void operator()(llama_model   * m) { llama_model_free(m); } };
-struct ctx_deleter   { void operator()(llama_context * c) { llama_free(c);       } };
+struct model_deleter {
+    void operator()(llama_model * m) { llama_model_free(m); }
+};
+struct ctx_deleter {
+    void operator()(llama_context * c) { llama_free(c); }
+};
 
-using model_ptr = std::unique_ptr<llama_model,   model_deleter>;
+using model_ptr = std::unique_ptr<llama_model, model_deleter>;
 using ctx_ptr   = std::unique_ptr<llama_context, ctx_deleter>;
 
 static std::string last_error; // what llama.cpp logged as an error
@@ -39,9 +43,9 @@ static void log_keep_errors(ggml_log_level level, const char * text, void *) {
 
 static model_ptr model_load(const char * path, const char * path_sidecar) {
     llama_model_params params = llama_model_default_params();
-    params.n_gpu_layers = 0;
+    params.n_gpu_layers       = 0;
 
-    model_ptr model { llama_model_load_from_file(path, params) };
+    model_ptr model{ llama_model_load_from_file(path, params) };
     if (!model) {
         printf("failed to load %s\n", path);
         exit(1);
@@ -59,7 +63,7 @@ static model_ptr model_load(const char * path, const char * path_sidecar) {
 static ctx_ptr ctx_init(llama_model * model, uint32_t n_seq, bool unified, uint32_t n_ubatch = 512, bool swa_full = false) {
     llama_context_params params = llama_context_default_params();
 
-    params.n_ctx           = unified ? 1024 : 1024*n_seq;
+    params.n_ctx           = unified ? 1024 : 1024 * n_seq;
     params.n_batch         = 1024;
     params.n_ubatch        = n_ubatch;
     params.n_seq_max       = n_seq;
@@ -71,7 +75,7 @@ static ctx_ptr ctx_init(llama_model * model, uint32_t n_seq, bool unified, uint3
     params.kv_unified      = unified;
     params.swa_full        = swa_full;
 
-    return ctx_ptr { llama_init_from_model(model, params) };
+    return ctx_ptr{ llama_init_from_model(model, params) };
 }
 
 struct token_at {
@@ -85,11 +89,11 @@ static int decode(llama_context * ctx, const std::vector<token_at> & tokens, std
 
     llama_batch batch = llama_batch_init(tokens.size(), 0, 1);
     for (size_t i = 0; i < tokens.size(); ++i) {
-        batch.token   [i]    = tokens[i].id;
-        batch.pos     [i]    = tokens[i].pos;
-        batch.n_seq_id[i]    = 1;
-        batch.seq_id  [i][0] = tokens[i].seq;
-        batch.logits  [i]    = true;
+        batch.token[i]     = tokens[i].id;
+        batch.pos[i]       = tokens[i].pos;
+        batch.n_seq_id[i]  = 1;
+        batch.seq_id[i][0] = tokens[i].seq;
+        batch.logits[i]    = true;
     }
     batch.n_tokens = tokens.size();
 
@@ -107,7 +111,7 @@ static int decode(llama_context * ctx, const std::vector<token_at> & tokens, std
 static std::vector<token_at> text(llama_seq_id seq, int n, uint32_t seed, llama_pos pos0 = 0) {
     std::vector<token_at> res;
     for (int i = 0; i < n; ++i) {
-        seed = seed*1664525u + 1013904223u;
+        seed = seed * 1664525u + 1013904223u;
         res.push_back({ (llama_token) (10 + (seed >> 8) % 400), pos0 + i, seq });
     }
     return res;
@@ -119,13 +123,13 @@ static std::vector<float> state(llama_context * ctx, llama_seq_id seq) {
     if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
         return {};
     }
-    const size_t n_S = info.n_head*info.n_state*info.rank*info.rank;
-    const size_t n_p = info.n_head*info.rank;
+    const size_t n_S = info.n_head * info.n_state * info.rank * info.rank;
+    const size_t n_p = info.n_head * info.rank;
 
     std::vector<float> res;
     for (uint32_t i = 0; i < info.n_layer; ++i) {
         std::vector<float> S(n_S, NAN), prev(n_p, NAN);
-        const int64_t n = llama_rwkv_ms_get_state(ctx, seq, i, S.data(), prev.data());
+        const int64_t      n = llama_rwkv_ms_get_state(ctx, seq, i, S.data(), prev.data());
         res.insert(res.end(), S.begin(), S.end());
         res.insert(res.end(), prev.begin(), prev.end());
         res.push_back((float) n);
@@ -166,7 +170,7 @@ static void fill_garbage(llama_context * ctx, uint32_t n_seq) {
     if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
         return;
     }
-    std::vector<float> S(info.n_head*info.n_state*info.rank*info.rank, 123.0f), prev(info.n_head*info.rank, -7.0f);
+    std::vector<float> S(info.n_head * info.n_state * info.rank * info.rank, 123.0f), prev(info.n_head * info.rank, -7.0f);
     for (uint32_t s = 0; s < n_seq; ++s) {
         for (uint32_t i = 0; i < info.n_layer; ++i) {
             CHECK(llama_rwkv_ms_set_state(ctx, s, i, S.data(), prev.data(), 5));
@@ -184,7 +188,7 @@ static run run_alone(llama_model * model, const std::vector<token_at> & tokens, 
     ctx_ptr ctx = ctx_init(model, 1, unified);
     fill_garbage(ctx.get(), 1);
 
-    run res;
+    run  res;
     auto mine = tokens;
     for (auto & t : mine) {
         t.seq = 0;
@@ -198,7 +202,7 @@ static run run_alone(llama_model * model, const std::vector<token_at> & tokens, 
 static void interleaved_diff(llama_model * model, int n_seq, bool unified, uint32_t n_ubatch, double & d_logits, double & d_state) {
     std::vector<std::vector<token_at>> texts;
     for (int s = 0; s < n_seq; ++s) {
-        texts.push_back(text(s, 40 + 7*s, 1000 + s));
+        texts.push_back(text(s, 40 + 7 * s, 1000 + s));
     }
 
     ctx_ptr ctx = ctx_init(model, n_seq, unified, n_ubatch);
@@ -243,14 +247,14 @@ static void test_interleaved(llama_model * base, llama_model * model) {
         for (int n_seq : { 2, 4, 8 }) {
             for (uint32_t n_ubatch : { 512, 32, 5 }) {
                 double db, dm, ds, unused;
-                interleaved_diff(base,  n_seq, unified, n_ubatch, db, unused);
+                interleaved_diff(base, n_seq, unified, n_ubatch, db, unused);
                 interleaved_diff(model, n_seq, unified, n_ubatch, dm, ds);
 
                 printf("  %d sequences, %-11s ub %3u: base %.1e, memory %.1e, states %.1e\n",
                         n_seq, unified ? "unified," : "separate,", n_ubatch, db, dm, ds);
 
                 // as well as stock does on the same model; the floor covers another order of the same sums
-                CHECK(dm <= 4.0*db + 5e-3);
+                CHECK(dm <= 4.0 * db + 5e-3);
                 CHECK(ds <= 5e-3);
             }
         }
@@ -262,7 +266,7 @@ static void test_restart(llama_model * model) {
     auto *  mem = llama_get_memory(ctx.get());
 
     const auto a = text(0, 60, 1);
-    run first, second;
+    run        first, second;
 
     CHECK(decode(ctx.get(), a, &first.logits) == 0);
     first.state = state(ctx.get(), 0);
@@ -389,9 +393,9 @@ static void test_refused_batches(llama_model * model) {
     {
         llama_batch batch = llama_batch_init(2, 0, 2);
         for (int i = 0; i < 2; ++i) {
-            batch.token   [i] = 20 + i;
-            batch.pos     [i] = 20 + i;
-            batch.logits  [i] = true;
+            batch.token[i]  = 20 + i;
+            batch.pos[i]    = 20 + i;
+            batch.logits[i] = true;
         }
         batch.n_tokens     = 2;
         batch.n_seq_id[0]  = 1;
@@ -404,9 +408,9 @@ static void test_refused_batches(llama_model * model) {
         CHECK(llama_decode(ctx.get(), batch) != 0);
 
         // the same at the start of both, which is how a base shares a prompt
-        ctx_ptr ctx2 = ctx_init(model, 2, true);
-        batch.pos[0] = 0;
-        batch.pos[1] = 1;
+        ctx_ptr ctx2       = ctx_init(model, 2, true);
+        batch.pos[0]       = 0;
+        batch.pos[1]       = 1;
         batch.n_seq_id[0]  = 2;
         batch.seq_id[0][1] = 1;
         CHECK(llama_decode(ctx2.get(), batch) != 0);
@@ -453,11 +457,11 @@ static void test_abort(llama_model * model) {
 static void test_prepare(llama_model * model) {
     const int n_seq = 3;
 
-    uint32_t seed = 7;
-    auto random = [&](int n) { seed = seed*1664525u + 1013904223u; return (int) ((seed >> 10) % n); };
+    uint32_t seed   = 7;
+    auto     random = [&](int n) { seed = seed*1664525u + 1013904223u; return (int) ((seed >> 10) % n); };
 
     std::vector<token_at> all;
-    int pos[n_seq] = {};
+    int                   pos[n_seq] = {};
     while (all.size() < 850) {
         const int s = random(n_seq);
         const int n = 1 + random(60);
@@ -468,7 +472,7 @@ static void test_prepare(llama_model * model) {
     }
 
     auto logits = [&](uint32_t n_batch) {
-        ctx_ptr ctx = ctx_init(model, n_seq, true, 8);
+        ctx_ptr                         ctx = ctx_init(model, n_seq, true, 8);
         std::vector<std::vector<float>> res;
         for (size_t i = 0; i < all.size(); i += n_batch) {
             CHECK(decode(ctx.get(), { all.begin() + i, all.begin() + std::min(i + n_batch, all.size()) }, &res) == 0);
@@ -536,21 +540,47 @@ static void test_save_load(llama_model * base, llama_model * model) {
         CHECK(last_error.find("no memory in it") != std::string::npos);
         CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
 
-        auto bad = seq;
+        auto        bad = seq;
         const float nan = NAN;
         std::copy((const uint8_t *) &nan, (const uint8_t *) &nan + sizeof(nan), bad.begin() + 200);
         CHECK(llama_state_seq_set_data(ctx.get(), bad.data(), bad.size(), 1) == 0);
         CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
 
-        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size()/2, 1) == 0);
+        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size() / 2, 1) == 0);
         CHECK(is_zero(state(ctx.get(), 1)) && llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 1) == -1);
     }
+}
+
+// A server's checkpoint holds the window and the memory, not the rest of the KV cache: after it was restored, the rest is
+// cut to the same length.
+static void test_checkpoint(llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 1, true);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
+
+    const llama_state_seq_flags flags = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+    std::vector<uint8_t>        data(llama_state_seq_get_size_ext(ctx.get(), 0, flags));
+    CHECK(llama_state_seq_get_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
+    const auto before = state(ctx.get(), 0);
+
+    std::vector<std::vector<float>> want, got;
+    CHECK(decode(ctx.get(), text(0, 10, 2, 70), &want) == 0);
+    CHECK(!llama_memory_seq_rm(mem, 0, 70, -1));
+
+    CHECK(llama_state_seq_set_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
+    CHECK(llama_memory_seq_rm(mem, 0, 70, -1));
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 69);
+    CHECK(max_diff(before, state(ctx.get(), 0)) == 0.0);
+
+    CHECK(decode(ctx.get(), text(0, 10, 2, 70), &got) == 0);
+    CHECK(max_diff(want, got) < 2e-2);
 }
 
 static void test_modes(const char * path, const char * path_sidecar) {
     for (auto mode : { LLAMA_RWKV_MS_MODE_SERIAL, LLAMA_RWKV_MS_MODE_FUSED, LLAMA_RWKV_MS_MODE_BATCHED }) {
         model_ptr model = model_load(path, nullptr);
-        char err[512];
+        char      err[512];
         CHECK(llama_model_load_rwkv_ms(model.get(), path_sidecar, path, mode, err, sizeof(err)));
 
         CHECK(!llama_model_load_rwkv_ms(model.get(), path_sidecar, path, mode, err, sizeof(err))); // a second one
@@ -580,18 +610,19 @@ int main(int argc, char ** argv) {
         model_ptr model = model_load(path, path_sidecar);
 
         const std::pair<const char *, std::function<void()>> tests[] = {
-            { "several sequences",         [&] { test_interleaved(base.get(), model.get());                 } },
-            { "restart",                   [&] { test_restart(model.get());                                 } },
-            { "copy then diverge",         [&] { test_copy(model.get(), false); test_copy(model.get(), true); } },
-            { "keep",                      [&] { test_keep(model.get(), false); test_keep(model.get(), true); } },
-            { "keep, base",                [&] { test_keep_base(base.get());                                } },
-            { "remove and context shift",  [&] { test_remove(model.get());                                  } },
-            { "refused batches",           [&] { test_refused_batches(model.get());                         } },
-            { "aborted ubatch",            [&] { test_abort(model.get());                                   } },
-            { "prepare, base",             [&] { test_prepare(base.get());                                  } },
-            { "prepare",                   [&] { test_prepare(model.get());                                 } },
-            { "save and load",             [&] { test_save_load(base.get(), model.get());                   } },
-            { "modes",                     [&] { test_modes(path, path_sidecar);                             } },
+            { "several sequences", [&] { test_interleaved(base.get(), model.get()); } },
+            { "restart", [&] { test_restart(model.get()); } },
+            { "copy then diverge", [&] { test_copy(model.get(), false); test_copy(model.get(), true); } },
+            { "keep", [&] { test_keep(model.get(), false); test_keep(model.get(), true); } },
+            { "keep, base", [&] { test_keep_base(base.get()); } },
+            { "remove and context shift", [&] { test_remove(model.get()); } },
+            { "refused batches", [&] { test_refused_batches(model.get()); } },
+            { "aborted ubatch", [&] { test_abort(model.get()); } },
+            { "prepare, base", [&] { test_prepare(base.get()); } },
+            { "prepare", [&] { test_prepare(model.get()); } },
+            { "save and load", [&] { test_save_load(base.get(), model.get()); } },
+            { "checkpoint", [&] { test_checkpoint(model.get()); } },
+            { "modes", [&] { test_modes(path, path_sidecar); } },
         };
 
         for (const auto & [name, fn] : tests) {

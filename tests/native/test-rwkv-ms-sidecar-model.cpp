@@ -22,13 +22,13 @@ static void init_model(llama_model_gemma4 & model) {
     hparams.n_embd                = 64;
     hparams.n_layer_all           = 3;
     hparams.n_layer_kv_from_start = 2;
-    hparams.n_embd_head_k_full    = hparams.n_embd_head_v_full = 32;
-    hparams.n_embd_head_k_swa     = hparams.n_embd_head_v_swa  = 16;
+    hparams.n_embd_head_k_full = hparams.n_embd_head_v_full = 32;
+    hparams.n_embd_head_k_swa = hparams.n_embd_head_v_swa = 16;
 
     for (int il = 0; il < 3; ++il) {
-        hparams.n_head_arr   [il] = 4;
+        hparams.n_head_arr[il]    = 4;
         hparams.n_head_kv_arr[il] = 2;
-        hparams.is_swa_impl  [il] = il != 1;
+        hparams.is_swa_impl[il]   = il != 1;
     }
 
     static ggml_tensor wv; // only whether there is one is looked at
@@ -44,7 +44,7 @@ static void init_sidecar(llama_rwkv_ms_sidecar & sidecar) {
     sidecar.head[3] = true; // o
 
     sidecar.layers.resize(2);
-    sidecar.layers[0] = { 0, true,  {  64, 32, 32, 64 }, {} };
+    sidecar.layers[0] = { 0, true, { 64, 32, 32, 64 }, {} };
     sidecar.layers[1] = { 1, false, { 128, 64, 64, 64 }, {} };
 }
 
@@ -55,7 +55,7 @@ static void expect(const std::string & text, const edit_func & edit) {
     llama_model_gemma4    model(llama_model_default_params());
     llama_rwkv_ms_sidecar sidecar;
 
-    init_model  (model);
+    init_model(model);
     init_sidecar(sidecar);
     edit(sidecar, model);
 
@@ -81,23 +81,23 @@ int main() {
     expect("", [](sidecar_t & s, model_t &) { s.layers[1] = { 2, true, { 64, 0, 0, 64 }, {} }; }); // no k and v of its own
     expect("", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "1"; });
 
-    expect("architecture 'llama'",        [](sidecar_t &, model_t & m) { m.arch = LLM_ARCH_LLAMA; });
-    expect("split into 3 files",          [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "3"; });
-    expect("hidden size 64",              [](sidecar_t & s, model_t &) { s.n_embd = 128; });
-    expect("target layer 3 is out of",    [](sidecar_t & s, model_t &) { s.layers[1].il = 3; });
-    expect("layer 0 is full attention",   [](sidecar_t & s, model_t &) { s.layers[0].is_swa = false; });
-    expect("q_out of layer 0 is 63",      [](sidecar_t & s, model_t &) { s.layers[0].width[0] = 63; });
-    expect("k_out of layer 1 is 0",       [](sidecar_t & s, model_t &) { s.layers[1].width[1] = 0; });
-    expect("v_out of layer 1 is 32",      [](sidecar_t & s, model_t &) { s.layers[1].width[2] = 32; });
-    expect("o_out of layer 1 is 128",     [](sidecar_t & s, model_t &) { s.layers[1].width[3] = 128; });
+    expect("architecture 'llama'", [](sidecar_t &, model_t & m) { m.arch = LLM_ARCH_LLAMA; });
+    expect("split into 3 files", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "3"; });
+    expect("hidden size 64", [](sidecar_t & s, model_t &) { s.n_embd = 128; });
+    expect("target layer 3 is out of", [](sidecar_t & s, model_t &) { s.layers[1].il = 3; });
+    expect("layer 0 is full attention", [](sidecar_t & s, model_t &) { s.layers[0].is_swa = false; });
+    expect("q_out of layer 0 is 63", [](sidecar_t & s, model_t &) { s.layers[0].width[0] = 63; });
+    expect("k_out of layer 1 is 0", [](sidecar_t & s, model_t &) { s.layers[1].width[1] = 0; });
+    expect("v_out of layer 1 is 32", [](sidecar_t & s, model_t &) { s.layers[1].width[2] = 32; });
+    expect("o_out of layer 1 is 128", [](sidecar_t & s, model_t &) { s.layers[1].width[3] = 128; });
 
     expect("delta head k is active on layer 2", [](sidecar_t & s, model_t &) {
         s.head[1]   = true;
         s.layers[1] = { 2, true, { 64, 32, 32, 64 }, {} };
     });
     expect("no v projection of its own", [](sidecar_t & s, model_t & m) {
-        s.head[2]       = true;
-        m.layers[1].wv  = nullptr;
+        s.head[2]      = true;
+        m.layers[1].wv = nullptr;
     });
 
     printf(n_failed ? "%d checks failed\n" : "all tests passed\n", n_failed);

@@ -45,19 +45,19 @@ struct test_tensor {
 };
 
 static std::vector<uint8_t> encode(ggml_type type, const std::vector<float> & values) {
-    std::vector<uint8_t> res(values.size()*ggml_type_size(type));
+    std::vector<uint8_t> res(values.size() * ggml_type_size(type));
     for (size_t i = 0; i < values.size(); ++i) {
         if (type == GGML_TYPE_BF16) {
             const ggml_bf16_t x = ggml_fp32_to_bf16(values[i]);
-            memcpy(&res[2*i], &x, 2);
+            memcpy(&res[2 * i], &x, 2);
         } else if (type == GGML_TYPE_F16) {
             const ggml_fp16_t x = ggml_fp32_to_fp16(values[i]);
-            memcpy(&res[2*i], &x, 2);
+            memcpy(&res[2 * i], &x, 2);
         } else if (type == GGML_TYPE_F32) {
-            memcpy(&res[4*i], &values[i], 4);
+            memcpy(&res[4 * i], &values[i], 4);
         } else {
             const double x = values[i];
-            memcpy(&res[8*i], &x, 8);
+            memcpy(&res[8 * i], &x, 8);
         }
     }
     return res;
@@ -70,7 +70,7 @@ static test_tensor make_tensor(const std::vector<int64_t> & shape, ggml_type typ
     }
     std::vector<float> values(n);
     for (int64_t i = 0; i < n; ++i) {
-        values[i] = 0.125f*(i % 16) - 1.0f; // exact in all types
+        values[i] = 0.125f * (i % 16) - 1.0f; // exact in all types
     }
     values.back() = last;
     return { shape, type, encode(type, values) };
@@ -100,22 +100,40 @@ struct test_sidecar {
     explicit test_sidecar(int format = 1) : format(format) {
         strs = {
             { "schema", "delta_mem_rwkv_ms_memory_gguf_sidecar.v" + std::to_string(format) },
-            { "status", "test" }, { "memory_type", "delta-mem-rwkv-ms" }, { "memory_backend", "rwkv_ms" },
-            { "memory_readout_mode", "delta" }, { "base_model", "test" }, { "base_gguf", "test.gguf" },
-            { "base_gguf_sha256", std::string(63, 'A') + "0" }, { "rwkv_ms_boundary_mode", "fixed_chunk" },
+            { "status", "test" },
+            { "memory_type", "delta-mem-rwkv-ms" },
+            { "memory_backend", "rwkv_ms" },
+            { "memory_readout_mode", "delta" },
+            { "base_model", "test" },
+            { "base_gguf", "test.gguf" },
+            { "base_gguf_sha256", std::string(63, 'A') + "0" },
+            { "rwkv_ms_boundary_mode", "fixed_chunk" },
             { "tensor_name_format", "compact_with_source_name_manifest" },
         };
         u32s = {
-            { "format_version", (uint32_t) format }, { "rank", 8 }, { "num_state_heads", 1 },
-            { "rwkv_ms_num_states", 4 }, { "rwkv_ms_chunk_size", 48 },
+            { "format_version", (uint32_t) format },
+            { "rank", 8 },
+            { "num_state_heads", 1 },
+            { "rwkv_ms_num_states", 4 },
+            { "rwkv_ms_chunk_size", 48 },
         };
         config = {
-            { "rank", 8 }, { "alpha", 16.0 }, { "num_state_heads", 1 }, { "rwkv_ms_num_states", 4 },
-            { "rwkv_ms_chunk_size", 48 }, { "rwkv_ms_erase_gate", 1.0 }, { "couple_lambda", true },
-            { "state_update_mode", "standard" }, { "rankwise_gates", true }, { "memory_backend", "rwkv_ms" },
-            { "memory_readout_mode", "delta" }, { "rwkv_ms_boundary_mode", "fixed_chunk" },
-            { "target_layers", { 0, 5 } }, { "delta_heads", { "q", "o" } },
-            { "rwkv_ms_write_mode", "recurrent" }, { "rwkv_ms_hybrid_gain", 0.125 },
+            { "rank", 8 },
+            { "alpha", 16.0 },
+            { "num_state_heads", 1 },
+            { "rwkv_ms_num_states", 4 },
+            { "rwkv_ms_chunk_size", 48 },
+            { "rwkv_ms_erase_gate", 1.0 },
+            { "couple_lambda", true },
+            { "state_update_mode", "standard" },
+            { "rankwise_gates", true },
+            { "memory_backend", "rwkv_ms" },
+            { "memory_readout_mode", "delta" },
+            { "rwkv_ms_boundary_mode", "fixed_chunk" },
+            { "target_layers", { 0, 5 } },
+            { "delta_heads", { "q", "o" } },
+            { "rwkv_ms_write_mode", "recurrent" },
+            { "rwkv_ms_hybrid_gain", 0.125 },
         };
         if (format == 2) {
             strs["rwkv_ms_state_dtype"] = "f32";
@@ -123,16 +141,21 @@ struct test_sidecar {
         }
         for (const int il : { 0, 5 }) {
             jsons["per_layer_attention_json"].push_back({
-                { "layer", il }, { "attention_kind", il == 0 ? "sliding_attention" : "full_attention" },
-                { "q_out", 32 }, { "k_out", 8 }, { "v_out", 8 }, { "o_out", H },
-                { "active_delta_heads", { "q", "o" } }, { "compat_delta_heads", { "q", "k", "v", "o" } },
+                    { "layer", il },
+                    { "attention_kind", il == 0 ? "sliding_attention" : "full_attention" },
+                    { "q_out", 32 },
+                    { "k_out", 8 },
+                    { "v_out", 8 },
+                    { "o_out", H },
+                    { "active_delta_heads", { "q", "o" } },
+                    { "compat_delta_heads", { "q", "k", "v", "o" } },
             });
             add_layer(il);
         }
     }
 
     void set_semantics(uint32_t semantics) {
-        u32s  ["rwkv_ms_semantics_version"] = semantics;
+        u32s["rwkv_ms_semantics_version"]   = semantics;
         config["rwkv_ms_semantics_version"] = semantics;
     }
 
@@ -153,38 +176,46 @@ struct test_sidecar {
             tensors[blk + "rwkv." + name + ".weight"] = make_tensor({ D, D });
         }
         tensors[blk + "delta_q"] = make_tensor({ 32, D });
-        tensors[blk + "delta_k"] = make_tensor({ 8,  D });
-        tensors[blk + "delta_v"] = make_tensor({ 8,  D });
-        tensors[blk + "delta_o"] = make_tensor({ H,  D });
+        tensors[blk + "delta_k"] = make_tensor({ 8, D });
+        tensors[blk + "delta_v"] = make_tensor({ 8, D });
+        tensors[blk + "delta_o"] = make_tensor({ H, D });
     }
 
     static std::string source_name(const std::string & name) {
         static const std::map<std::string, std::string> tails = {
-            { "mem_q", "memory_q_proj" }, { "mem_k", "memory_k_proj" }, { "mem_v", "memory_v_proj" }, { "beta", "beta_proj" },
-            { "beta_b", "beta_bias" }, { "lambda", "lambda_proj" }, { "lambda_b", "lambda_bias" },
-            { "delta_q", "delta_q_proj" }, { "delta_k", "delta_k_proj" }, { "delta_v", "delta_v_proj" }, { "delta_o", "delta_o_proj" },
+            { "mem_q", "memory_q_proj" },
+            { "mem_k", "memory_k_proj" },
+            { "mem_v", "memory_v_proj" },
+            { "beta", "beta_proj" },
+            { "beta_b", "beta_bias" },
+            { "lambda", "lambda_proj" },
+            { "lambda_b", "lambda_bias" },
+            { "delta_q", "delta_q_proj" },
+            { "delta_k", "delta_k_proj" },
+            { "delta_v", "delta_v_proj" },
+            { "delta_o", "delta_o_proj" },
         };
         const size_t      dot  = name.find('.', 4);
         const std::string tail = name.substr(dot + 1);
         return "model.language_model.layers." + name.substr(4, dot - 4) + ".self_attn." +
-            (tails.count(tail) ? tails.at(tail) : "hrm_rwkv7_core." + tail.substr(tail.find('.') + 1));
+                (tails.count(tail) ? tails.at(tail) : "hrm_rwkv7_core." + tail.substr(tail.find('.') + 1));
     }
 
     void write(const fs::path & path) {
         gguf_context_ptr gguf(gguf_init_empty());
-        ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead()*(tensors.size() + 1), nullptr, /*no_alloc =*/ true }));
+        ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead() * (tensors.size() + 1), nullptr, /*no_alloc =*/true }));
 
         gguf_set_val_str(gguf.get(), "general.architecture", arch.c_str());
         if (alignment) {
             gguf_set_val_u32(gguf.get(), "general.alignment", alignment);
         }
 
-        manifest = json::array();
+        manifest         = json::array();
         uint64_t n_numel = 0;
         uint64_t n_bytes = 0;
         for (auto & [name, t] : tensors) {
             const std::vector<int64_t> ne(t.shape.rbegin(), t.shape.rend());
-            ggml_tensor * tensor = ggml_new_tensor(ctx.get(), t.type, (int) ne.size(), ne.data());
+            ggml_tensor *              tensor = ggml_new_tensor(ctx.get(), t.type, (int) ne.size(), ne.data());
             ggml_set_name(tensor, name.c_str());
             tensor->data = t.data.data();
             gguf_add_tensor(gguf.get(), tensor);
@@ -197,9 +228,14 @@ struct test_sidecar {
                 c = (char) toupper(c);
             }
             manifest.push_back({
-                { "name", name }, { "source_name", source_name(name) }, { "shape", t.shape }, { "torch_dtype", "torch.bfloat16" },
-                { "gguf_type", type }, { "numel", numel }, { "bytes", t.data.size() },
-                { "sha256_raw", llama_rwkv_ms_sha256::hex(llama_rwkv_ms_sha256::hash(t.data.data(), t.data.size())) },
+                    { "name", name },
+                    { "source_name", source_name(name) },
+                    { "shape", t.shape },
+                    { "torch_dtype", "torch.bfloat16" },
+                    { "gguf_type", type },
+                    { "numel", numel },
+                    { "bytes", t.data.size() },
+                    { "sha256_raw", llama_rwkv_ms_sha256::hex(llama_rwkv_ms_sha256::hash(t.data.data(), t.data.size())) },
             });
         }
         if (edit_manifest) {
@@ -207,11 +243,11 @@ struct test_sidecar {
         }
 
         u32s.emplace("tensor_count", (uint32_t) tensors.size());
-        u64s.emplace("total_numel",  n_numel);
-        u64s.emplace("total_bytes",  n_bytes);
-        jsons.emplace("target_layers_json",   config.contains("target_layers") ? config["target_layers"] : json::array());
-        jsons.emplace("delta_heads_json",     config.contains("delta_heads")   ? config["delta_heads"]   : json::array());
-        jsons.emplace("config_json",          config);
+        u64s.emplace("total_numel", n_numel);
+        u64s.emplace("total_bytes", n_bytes);
+        jsons.emplace("target_layers_json", config.contains("target_layers") ? config["target_layers"] : json::array());
+        jsons.emplace("delta_heads_json", config.contains("delta_heads") ? config["delta_heads"] : json::array());
+        jsons.emplace("config_json", config);
         jsons.emplace("tensor_manifest_json", manifest);
 
         for (const auto & [key, value] : strs) {
@@ -233,10 +269,10 @@ struct test_sidecar {
             edit_gguf(gguf.get());
         }
 
-        gguf_write_to_file(gguf.get(), path.string().c_str(), /*only_meta =*/ false);
+        gguf_write_to_file(gguf.get(), path.string().c_str(), /*only_meta =*/false);
 
         if (edit_file) {
-            std::ifstream in(path, std::ios::binary);
+            std::ifstream        in(path, std::ios::binary);
             std::vector<uint8_t> file((std::istreambuf_iterator<char>(in)), {});
             in.close();
             edit_file(file);
@@ -285,7 +321,7 @@ static void expect_refused(const std::function<void(test_sidecar &)> & edit, con
 static void test_sound() {
     test_sidecar v1(1);
     v1.write(path_test);
-    const auto sidecar = llama_rwkv_ms_sidecar_load(path_test.string().c_str());
+    const auto   sidecar = llama_rwkv_ms_sidecar_load(path_test.string().c_str());
     const auto & hparams = sidecar->hparams;
 
     check(hparams.rank == 8 && hparams.n_head == 1 && hparams.n_state == 4 && hparams.n_chunk == 48, "sizes");
@@ -331,8 +367,8 @@ static void test_sound() {
     expect_ok("lambda, gates per head, no unused tensors", lambda);
 
     test_sidecar inert;
-    inert.config["beta_bias_init"]          = 7;
-    inert.config["delta_scale_granularity"] = "head";
+    inert.config["beta_bias_init"]           = 7;
+    inert.config["delta_scale_granularity"]  = "head";
     inert.config["rwkv_ms_read_temperature"] = 1; // an integer where a number is wanted
     expect_ok("inert values", inert);
 }
@@ -341,9 +377,9 @@ static void test_files() {
     check(load_error(path_test.parent_path() / "none.gguf").find("cannot be opened") != std::string::npos, "missing file");
     check(load_error(path_test.parent_path()).find("cannot be") != std::string::npos, "a directory");
 
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.clear();     }; }, "is not a GGUF file");
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[0] = 'X';    }; }, "is not a GGUF file");
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[4] = 2;      }; }, "of version 2");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.clear(); }; }, "is not a GGUF file");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[0] = 'X'; }; }, "is not a GGUF file");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[4] = 2; }; }, "of version 2");
     expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.resize(f.size() + 64); }; }, "after its last tensor");
     expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { memset(&f[8], 0x7f, 8); }; }, "truncated or malformed");
     expect_refused([](test_sidecar & s) { s.arch = "gemma4"; }, "general.architecture' is 'gemma4'");
@@ -353,16 +389,17 @@ static void test_files() {
     expect_refused([](test_sidecar & s) {
         s.edit_file = [](std::vector<uint8_t> & f) {
             const std::string from = "blk.0.rwkv.x_r";
-            const auto it = std::find_end(f.begin(), f.end(), from.begin(), from.end());
-            it[from.size() - 1] = 'w';
+            const auto        it   = std::find_end(f.begin(), f.end(), from.begin(), from.end());
+            it[from.size() - 1]    = 'w';
         };
-    }, "twice");
+    },
+            "twice");
 
     // a cut anywhere
     test_sidecar good;
     good.write(path_test);
     const size_t size = fs::file_size(path_test);
-    for (size_t n = 0; n < size; n += 1 + size/97) {
+    for (size_t n = 0; n < size; n += 1 + size / 97) {
         expect_refused([&](test_sidecar & s) { s.edit_file = [&](std::vector<uint8_t> & f) { f.resize(n); }; }, "sidecar");
     }
     expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.resize(f.size() - 32); }; }, "is truncated: tensor 'blk.5.");
@@ -403,40 +440,65 @@ static void test_keys() {
             const uint32_t values[2] = { 8, 8 };
             gguf_set_arr_data(gguf, "delta_mem.rank", GGUF_TYPE_UINT32, values, 2);
         };
-    }, "rank' has type arr");
+    },
+            "rank' has type arr");
     expect_refused([](test_sidecar & s) {
         s.u32s["rwkv_ms_chunk_size"] = s.config["rwkv_ms_chunk_size"] = (1 << 22) + 1;
-    }, "at most 16777216");
+    },
+            "at most 16777216");
     expect_refused([](test_sidecar & s) { s.u32s["rwkv_ms_chunk_size"] = s.config["rwkv_ms_chunk_size"] = 0; }, "rwkv_ms_chunk_size is '0'");
     expect_refused([](test_sidecar & s) { s.u32s["num_state_heads"] = s.config["num_state_heads"] = 65; }, "num_state_heads is '65'");
     expect_refused([](test_sidecar & s) { s.u32s["num_state_heads"] = s.config["num_state_heads"] = 2; }, "has shape [8, 16], must be [16, 16]");
 }
 
 static void test_config() {
-    struct bad_value { const char * key; json value; };
+    struct bad_value {
+        const char * key;
+        json         value;
+    };
 
     const bad_value bad_values[] = {
-        { "memory_fusion_mode",        "gate"          }, { "memory_fusion_placement", "residual"     },
-        { "memory_write_granularity",  "message"       }, { "rwkv_ms_write_mode",      "overwrite"    },
-        { "memory_readout_mode",       "projected_kv"  }, { "rwkv_ms_boundary_mode",   "learned"      },
-        { "memory_backend",            "delta"         }, { "trainable_delta_scale",   true           },
-        { "delta_o_rmsnorm",           true            }, { "num_memory_partitions",   2              },
-        { "num_memory_partitions",     1.0             }, { "num_memory_partitions",   true           },
-        { "rwkv_ms_anchor_interval",   4               }, { "rwkv_ms_read_top_k",      1              },
-        { "rwkv_ms_read_temperature",  0.5             }, { "rwkv_ms_outer_ffn_layers", { 1 }         },
-        { "latent_memory_layers",      { 1 }           }, { "memory_reader_layers",    { 1 }          },
-        { "rwkv_ms_mask_empty_slots",  true            }, { "rwkv_ms_write_address_gain", 0.1         },
-        { "target_modules",            { "mlp" }       }, { "state_update_mode",       "other"        },
-        { "couple_lambda",             1               }, { "rankwise_gates",          "yes"          },
-        { "rwkv_ms_erase_gate",        "1"             }, { "rwkv_ms_erase_gate",      1e300          },
-        { "rank",                      8.0             }, { "rank",                    -8             },
-        { "rank",                      1e30            }, { "rwkv_ms_num_states",      0              },
-        { "beta_bias_init",            "x"             }, { "rwkv_ms_detach_read_scores", 0           },
-        { "target_layers",             { 5, 0 }        }, { "target_layers",           { 0, 0 }       },
-        { "target_layers",             { -1, 5 }       }, { "target_layers",           json::array()  },
-        { "delta_heads",               { "q", "q" }    }, { "delta_heads",             { "z" }        },
-        { "delta_heads",               json::array()   }, { "delta_heads",             { "qo" }       },
-        { "novelty",                   0               },
+        { "memory_fusion_mode", "gate" },
+        { "memory_fusion_placement", "residual" },
+        { "memory_write_granularity", "message" },
+        { "rwkv_ms_write_mode", "overwrite" },
+        { "memory_readout_mode", "projected_kv" },
+        { "rwkv_ms_boundary_mode", "learned" },
+        { "memory_backend", "delta" },
+        { "trainable_delta_scale", true },
+        { "delta_o_rmsnorm", true },
+        { "num_memory_partitions", 2 },
+        { "num_memory_partitions", 1.0 },
+        { "num_memory_partitions", true },
+        { "rwkv_ms_anchor_interval", 4 },
+        { "rwkv_ms_read_top_k", 1 },
+        { "rwkv_ms_read_temperature", 0.5 },
+        { "rwkv_ms_outer_ffn_layers", { 1 } },
+        { "latent_memory_layers", { 1 } },
+        { "memory_reader_layers", { 1 } },
+        { "rwkv_ms_mask_empty_slots", true },
+        { "rwkv_ms_write_address_gain", 0.1 },
+        { "target_modules", { "mlp" } },
+        { "state_update_mode", "other" },
+        { "couple_lambda", 1 },
+        { "rankwise_gates", "yes" },
+        { "rwkv_ms_erase_gate", "1" },
+        { "rwkv_ms_erase_gate", 1e300 },
+        { "rank", 8.0 },
+        { "rank", -8 },
+        { "rank", 1e30 },
+        { "rwkv_ms_num_states", 0 },
+        { "beta_bias_init", "x" },
+        { "rwkv_ms_detach_read_scores", 0 },
+        { "target_layers", { 5, 0 } },
+        { "target_layers", { 0, 0 } },
+        { "target_layers", { -1, 5 } },
+        { "target_layers", json::array() },
+        { "delta_heads", { "q", "q" } },
+        { "delta_heads", { "z" } },
+        { "delta_heads", json::array() },
+        { "delta_heads", { "qo" } },
+        { "novelty", 0 },
     };
     for (const auto & bad : bad_values) {
         // an order or a duplicate has a message of its own, the list's name stands in both
@@ -453,23 +515,23 @@ static void test_config() {
     const auto config_text = [](const std::string & text) {
         return [text](test_sidecar & s) { s.strs["config_json"] = text; };
     };
-    expect_refused(config_text("{"),                                     "config_json: not valid JSON");
-    expect_refused(config_text("[]"),                                    "config_json: must be a JSON object");
-    expect_refused(config_text("{\"alpha\": NaN}"),                      "config_json: not valid JSON");
-    expect_refused(config_text("{\"rank\": 8, \"rank\": 4}"),            "key 'rank' is there twice");
-    expect_refused(config_text(std::string(100000, '[')),                "nested deeper");
-    expect_refused(config_text("{\"a\xff\": 1}"),                        "config_json: not valid JSON");
-    expect_refused(config_text("{\"evil\\nline\": 1}"),                  "unknown key 'evil?line'");
+    expect_refused(config_text("{"), "config_json: not valid JSON");
+    expect_refused(config_text("[]"), "config_json: must be a JSON object");
+    expect_refused(config_text("{\"alpha\": NaN}"), "config_json: not valid JSON");
+    expect_refused(config_text("{\"rank\": 8, \"rank\": 4}"), "key 'rank' is there twice");
+    expect_refused(config_text(std::string(100000, '[')), "nested deeper");
+    expect_refused(config_text("{\"a\xff\": 1}"), "config_json: not valid JSON");
+    expect_refused(config_text("{\"evil\\nline\": 1}"), "unknown key 'evil?line'");
     expect_refused(config_text("{\"" + std::string(5000, 'x') + "\": 1}"), "...'");
 
     const auto attention = [](int i, const char * key, const json & value) {
         return [=](test_sidecar & s) { s.jsons["per_layer_attention_json"][i][key] = value; };
     };
-    expect_refused(attention(0, "layer", 1),                   "per_layer_attention_json[0]: layer must be 0");
-    expect_refused(attention(1, "attention_kind", "linear"),   "per_layer_attention_json[1]: attention_kind is 'linear'");
-    expect_refused(attention(1, "q_out", 0),                   "q_out must be positive");
-    expect_refused(attention(1, "q_out", "32"),                "q_out");
-    expect_refused(attention(1, "o_out", 32),                  "o_out of layer 5 is 32");
+    expect_refused(attention(0, "layer", 1), "per_layer_attention_json[0]: layer must be 0");
+    expect_refused(attention(1, "attention_kind", "linear"), "per_layer_attention_json[1]: attention_kind is 'linear'");
+    expect_refused(attention(1, "q_out", 0), "q_out must be positive");
+    expect_refused(attention(1, "q_out", "32"), "q_out");
+    expect_refused(attention(1, "o_out", 32), "o_out of layer 5 is 32");
     expect_refused(attention(1, "active_delta_heads", { "q" }), "active_delta_heads");
     expect_refused([](test_sidecar & s) { s.jsons["per_layer_attention_json"].erase(0); }, "one entry for each");
 }
@@ -482,7 +544,7 @@ static void test_tensors() {
     // every needed tensor, missing
     for (const auto & [name, tensor] : test_sidecar().tensors) {
         const bool needed = name.find("mem_q") == std::string::npos && name.find("mem_k") == std::string::npos &&
-            name.find("delta_k") == std::string::npos && name.find("delta_v") == std::string::npos;
+                name.find("delta_k") == std::string::npos && name.find("delta_v") == std::string::npos;
         test_sidecar sidecar;
         sidecar.tensors.erase(name);
         if (needed) {
@@ -499,30 +561,30 @@ static void test_tensors() {
     }
 
     expect_refused(replace("blk.0.rwkv.w1", make_tensor({ L, D })), "has shape");
-    expect_refused(replace("blk.0.mem_v",   make_tensor({ H, D })), "hidden size");
-    expect_refused(replace("blk.0.beta",    make_tensor({ H, D })), "tensor 'blk.0.beta' has shape [16, 8], must be [8, 16]");
-    expect_refused(replace("blk.0.x",       make_tensor({ D })),    "tensor 'blk.0.x'");
-    expect_refused(replace("blk.1.mem_v",   make_tensor({ D, H })), "tensor 'blk.1.mem_v'");
-    expect_refused(replace("blk.0.lambda",  make_tensor({ D, H })), "tensor 'blk.0.lambda'");
-    expect_refused(replace("blk.0.rwkv.r_k", make_tensor({ D })),   "tensor 'blk.0.rwkv.r_k'");
-    expect_refused(replace("blk.0.beta",    make_tensor({ D, H }, GGML_TYPE_F64)), "tensor 'blk.0.beta' has type f64");
+    expect_refused(replace("blk.0.mem_v", make_tensor({ H, D })), "hidden size");
+    expect_refused(replace("blk.0.beta", make_tensor({ H, D })), "tensor 'blk.0.beta' has shape [16, 8], must be [8, 16]");
+    expect_refused(replace("blk.0.x", make_tensor({ D })), "tensor 'blk.0.x'");
+    expect_refused(replace("blk.1.mem_v", make_tensor({ D, H })), "tensor 'blk.1.mem_v'");
+    expect_refused(replace("blk.0.lambda", make_tensor({ D, H })), "tensor 'blk.0.lambda'");
+    expect_refused(replace("blk.0.rwkv.r_k", make_tensor({ D })), "tensor 'blk.0.rwkv.r_k'");
+    expect_refused(replace("blk.0.beta", make_tensor({ D, H }, GGML_TYPE_F64)), "tensor 'blk.0.beta' has type f64");
 
     const float inf = std::numeric_limits<float>::infinity();
     for (const ggml_type type : { GGML_TYPE_BF16, GGML_TYPE_F16, GGML_TYPE_F32 }) {
-        expect_refused(replace("blk.5.rwkv.key.weight", make_tensor({ D, D }, type, NAN)),  "tensor 'blk.5.rwkv.key.weight' has a NaN or Inf at element 63");
+        expect_refused(replace("blk.5.rwkv.key.weight", make_tensor({ D, D }, type, NAN)), "tensor 'blk.5.rwkv.key.weight' has a NaN or Inf at element 63");
         expect_refused(replace("blk.5.rwkv.key.weight", make_tensor({ D, D }, type, -inf)), "tensor 'blk.5.rwkv.key.weight' has a NaN or Inf at element 63");
     }
 
     const auto manifest = [](const char * key, const json & value) {
         return [=](test_sidecar & s) { s.edit_manifest = [=](json & m) { m[3][key] = value; }; };
     };
-    expect_refused(manifest("name",        "blk.9.x"),            "'blk.9.x' is there twice or is no tensor");
-    expect_refused(manifest("source_name", "x"),                  "source_name must be");
-    expect_refused(manifest("shape",       { 1, 2 }),             "shape must be");
-    expect_refused(manifest("gguf_type",   "F16"),                "gguf_type is 'f16'");
-    expect_refused(manifest("bytes",       1),                    "bytes and numel");
-    expect_refused(manifest("numel",       1),                    "bytes and numel");
-    expect_refused(manifest("sha256_raw",  std::string(64, '0')), "not the manifest's sha256_raw");
+    expect_refused(manifest("name", "blk.9.x"), "'blk.9.x' is there twice or is no tensor");
+    expect_refused(manifest("source_name", "x"), "source_name must be");
+    expect_refused(manifest("shape", { 1, 2 }), "shape must be");
+    expect_refused(manifest("gguf_type", "F16"), "gguf_type is 'f16'");
+    expect_refused(manifest("bytes", 1), "bytes and numel");
+    expect_refused(manifest("numel", 1), "bytes and numel");
+    expect_refused(manifest("sha256_raw", std::string(64, '0')), "not the manifest's sha256_raw");
     expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m.erase(3); }; }, "is missing in tensor_manifest_json");
     expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m[4] = m[3]; }; }, "is there twice");
     expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m = 1; }; }, "tensor_manifest_json must be a list");
