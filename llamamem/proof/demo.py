@@ -25,6 +25,7 @@ from llamamem.serving.client import Client
 _DATA = Path("tests") / "data" / "model_a"
 _NEEDED = ("model-f32.gguf", "delta_mem_config.json", "adapter_metadata.json")
 _QUESTIONS = ("hello there, what is the colour of the garden?", "and what did I ask before?")
+_COMPARED = 32  # tokens of each greedy run
 _LONGEST = 120.0  # seconds for any one step
 
 
@@ -84,10 +85,10 @@ def demo(data: Path, *, bin_dir: Path, show: Callable[[Step], None] = lambda ste
             status = process.wait(_LONGEST)
             report("server stopped", status == 0, f"exit status {status}")
 
-        result = smoke(model, sidecar, bin_dir=bin_dir, prompt=_QUESTIONS[0], n_predict=32, ctx_size=512)
+        result = smoke(model, sidecar, bin_dir=bin_dir, prompt=_QUESTIONS[0], n_predict=_COMPARED, ctx_size=512)
         parted = f"at new token {result.parted_token}" if result.parted_token is not None else "not by token"
         report("base and sidecar part", result.parted, parted)
-        same = "32 tokens, byte for byte" if result.zeroed_equals_base else f"base {result.base.text!r}"
+        same = f"{_COMPARED} tokens, byte for byte" if result.zeroed_equals_base else f"base {result.base.text!r}"
         report("base and zeroed sidecar agree", result.zeroed_equals_base, same)
     return DemoReport(tuple(steps), result)
 
