@@ -45,7 +45,7 @@ def test_saved_state_continues_bit_for_bit(product: Any, small: tuple[Path, Path
 def test_saved_state_continues_past_the_sliding_window(
     exact: Any, base: Path, sidecars: dict[str, Path], reference: dict[str, np.ndarray], how: str
 ) -> None:
-    """llama.cpp does not save cells that the window has left behind, so sums are taken in another order; in stock too."""
+    """llama.cpp does not save cells that the window has left behind: sums are taken in another order, as in stock."""
     expected, got, saved, loaded = exact(continue_after, base, sidecars["v1"], reference["p0_ids"], 100, how)
     assert same_states(loaded, saved)
     assert saved[0].n == 100
