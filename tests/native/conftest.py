@@ -13,17 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_runs import make_model
+from native_runs import load_variant, make_model
 
 DATA = Path(__file__).parents[1] / "data" / "model_a"
 
 Run = Callable[..., Any]
-
-
-def _load(exact_gelu: bool) -> None:
-    from llamamem.native.runtime import load_library
-
-    load_library(exact_gelu=exact_gelu)
 
 
 class _Variant:
@@ -36,7 +30,7 @@ class _Variant:
     def __call__(self, function: Run, *args: Any, **kwargs: Any) -> Any:
         if self.pool is None:
             self.pool = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(self.exact_gelu,)
+                1, multiprocessing.get_context("spawn"), initializer=load_variant, initargs=(self.exact_gelu,)
             )
         try:
             return self.pool.submit(function, *args, **kwargs).result()

@@ -16,6 +16,13 @@ from llamamem.proof.fixtures import FixtureReport, check_fixtures
 MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"
 
 
+def load_variant(exact_gelu: bool) -> None:
+    """What a process for one library variant starts with; here, because it is found by name in that process."""
+    from llamamem.native.runtime import load_library
+
+    load_library(exact_gelu=exact_gelu)
+
+
 def logits(base: Path, sidecar: Path | None, ids: np.ndarray, *, mode: str = "batched", **options: Any) -> np.ndarray:
     """Logits of every id, fed from position 0 into a fresh context."""
     with Model.open(base, sidecar, mode) as model, _context(model, len(ids), options) as context:
