@@ -18,8 +18,6 @@ MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"
 
 def load_variant(exact_gelu: bool) -> None:
     """What a process for one library variant starts with; here, because it is found by name in that process."""
-    from llamamem.native.runtime import load_library
-
     load_library(exact_gelu=exact_gelu)
 
 
