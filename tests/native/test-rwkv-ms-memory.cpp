@@ -2,182 +2,7 @@
 //
 // usage: test-rwkv-ms-memory [BASE.gguf SIDECAR.gguf]
 
-#include "llama-rwkv-ms.h"
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <functional>
-#include <memory>
-#include <string>
-#include <vector>
-
-static int n_fail = 0;
-
-#define CHECK(x)                                                  \
-    do {                                                          \
-        if (!(x)) {                                               \
-            printf("  FAIL %s:%d: %s\n", __FILE__, __LINE__, #x); \
-            ++n_fail;                                             \
-        }                                                         \
-    } while (0)
-
-struct model_deleter {
-    void operator()(llama_model * m) { llama_model_free(m); }
-};
-struct ctx_deleter {
-    void operator()(llama_context * c) { llama_free(c); }
-};
-
-using model_ptr = std::unique_ptr<llama_model, model_deleter>;
-using ctx_ptr   = std::unique_ptr<llama_context, ctx_deleter>;
-
-static std::string last_error; // what llama.cpp logged as an error
-
-static void log_keep_errors(ggml_log_level level, const char * text, void *) {
-    if (level == GGML_LOG_LEVEL_ERROR) {
-        last_error = text;
-    }
-}
-
-static model_ptr model_load(const char * path, const char * path_sidecar) {
-    llama_model_params params = llama_model_default_params();
-    params.n_gpu_layers       = 0;
-
-    model_ptr model{ llama_model_load_from_file(path, params) };
-    if (!model) {
-        printf("failed to load %s\n", path);
-        exit(1);
-    }
-    if (path_sidecar) {
-        char err[512];
-        if (!llama_model_load_rwkv_ms(model.get(), path_sidecar, path, LLAMA_RWKV_MS_MODE_BATCHED, err, sizeof(err))) {
-            printf("%s\n", err);
-            exit(1);
-        }
-    }
-    return model;
-}
-
-static ctx_ptr ctx_init(llama_model * model, uint32_t n_seq, bool unified, uint32_t n_ubatch = 512, bool swa_full = false) {
-    llama_context_params params = llama_context_default_params();
-
-    params.n_ctx           = unified ? 1024 : 1024 * n_seq;
-    params.n_batch         = 1024;
-    params.n_ubatch        = n_ubatch;
-    params.n_seq_max       = n_seq;
-    params.n_threads       = 1;
-    params.n_threads_batch = 1;
-    params.type_k          = GGML_TYPE_F32;
-    params.type_v          = GGML_TYPE_F32;
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    params.kv_unified      = unified;
-    params.swa_full        = swa_full;
-
-    return ctx_ptr{ llama_init_from_model(model, params) };
-}
-
-struct token_at {
-    llama_token  id;
-    llama_pos    pos;
-    llama_seq_id seq;
-};
-
-static int decode(llama_context * ctx, const std::vector<token_at> & tokens, std::vector<std::vector<float>> * logits = nullptr) {
-    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
-
-    llama_batch batch = llama_batch_init(tokens.size(), 0, 1);
-    for (size_t i = 0; i < tokens.size(); ++i) {
-        batch.token[i]     = tokens[i].id;
-        batch.pos[i]       = tokens[i].pos;
-        batch.n_seq_id[i]  = 1;
-        batch.seq_id[i][0] = tokens[i].seq;
-        batch.logits[i]    = true;
-    }
-    batch.n_tokens = tokens.size();
-
-    const int res = llama_decode(ctx, batch);
-    if (res == 0 && logits) {
-        for (size_t i = 0; i < tokens.size(); ++i) {
-            const float * row = llama_get_logits_ith(ctx, i);
-            logits->emplace_back(row, row + n_vocab);
-        }
-    }
-    llama_batch_free(batch);
-    return res;
-}
-
-static std::vector<token_at> text(llama_seq_id seq, int n, uint32_t seed, llama_pos pos0 = 0) {
-    std::vector<token_at> res;
-    for (int i = 0; i < n; ++i) {
-        seed = seed * 1664525u + 1013904223u;
-        res.push_back({ (llama_token) (10 + (seed >> 8) % 400), pos0 + i, seq });
-    }
-    return res;
-}
-
-// all states of a sequence: matrices and previous sources of each layer, then the counters; empty if there is a NaN
-static std::vector<float> state(llama_context * ctx, llama_seq_id seq) {
-    llama_rwkv_ms_info info;
-    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
-        return {};
-    }
-    const size_t n_S = info.n_head * info.n_state * info.rank * info.rank;
-    const size_t n_p = info.n_head * info.rank;
-
-    std::vector<float> res;
-    for (uint32_t i = 0; i < info.n_layer; ++i) {
-        std::vector<float> S(n_S, NAN), prev(n_p, NAN);
-        const int64_t      n = llama_rwkv_ms_get_state(ctx, seq, i, S.data(), prev.data());
-        res.insert(res.end(), S.begin(), S.end());
-        res.insert(res.end(), prev.begin(), prev.end());
-        res.push_back((float) n);
-    }
-    return std::any_of(res.begin(), res.end(), [](float x) { return !std::isfinite(x); }) ? std::vector<float>() : res;
-}
-
-// NaN counts as infinitely far
-static double max_diff(const std::vector<float> & a, const std::vector<float> & b) {
-    if (a.empty() || a.size() != b.size()) {
-        return INFINITY;
-    }
-    double res = 0.0;
-    for (size_t i = 0; i < a.size(); ++i) {
-        const double d = std::fabs((double) a[i] - b[i]);
-        if (!(d <= res)) {
-            res = std::isnan(d) ? INFINITY : d;
-        }
-    }
-    return res;
-}
-
-static double max_diff(const std::vector<std::vector<float>> & a, const std::vector<std::vector<float>> & b) {
-    double res = a.size() == b.size() && !a.empty() ? 0.0 : INFINITY;
-    for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
-        res = std::max(res, max_diff(a[i], b[i]));
-    }
-    return res;
-}
-
-static bool is_zero(const std::vector<float> & x) {
-    return !x.empty() && std::all_of(x.begin(), x.end(), [](float v) { return v == 0.0f; });
-}
-
-// finite garbage in every cell: what is not cleared shows
-static void fill_garbage(llama_context * ctx, uint32_t n_seq) {
-    llama_rwkv_ms_info info;
-    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
-        return;
-    }
-    std::vector<float> S(info.n_head * info.n_state * info.rank * info.rank, 123.0f), prev(info.n_head * info.rank, -7.0f);
-    for (uint32_t s = 0; s < n_seq; ++s) {
-        for (uint32_t i = 0; i < info.n_layer; ++i) {
-            CHECK(llama_rwkv_ms_set_state(ctx, s, i, S.data(), prev.data(), 5));
-        }
-    }
-    llama_memory_clear(llama_get_memory(ctx), true);
-}
+#include "testing.h"
 
 struct run {
     std::vector<std::vector<float>> logits;
@@ -484,99 +309,6 @@ static void test_prepare(llama_model * model) {
     CHECK(d < 1e-4);
 }
 
-static void test_save_load(llama_model * base, llama_model * model) {
-    ctx_ptr ctx = ctx_init(model, 2, false);
-    CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
-    CHECK(decode(ctx.get(), text(1, 40, 2)) == 0);
-
-    std::vector<uint8_t> seq(llama_state_seq_get_size(ctx.get(), 0));
-    CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 0) == seq.size());
-    std::vector<uint8_t> all(llama_state_get_size(ctx.get()));
-    CHECK(llama_state_get_data(ctx.get(), all.data(), all.size()) == all.size());
-
-    const std::vector<float> state0 = state(ctx.get(), 0), state1 = state(ctx.get(), 1);
-
-    std::vector<std::vector<float>> want;
-    CHECK(decode(ctx.get(), text(0, 10, 3, 70), &want) == 0);
-
-    // the KV cells lie elsewhere then, so that attention sums in another order
-
-    // one sequence, into the other place
-    {
-        ctx_ptr ctx2 = ctx_init(model, 2, false);
-        fill_garbage(ctx2.get(), 2);
-        CHECK(llama_state_seq_set_data(ctx2.get(), seq.data(), seq.size(), 1) == seq.size());
-        CHECK(max_diff(state0, state(ctx2.get(), 1)) == 0.0);
-        CHECK(is_zero(state(ctx2.get(), 0)));
-
-        std::vector<std::vector<float>> got;
-        CHECK(decode(ctx2.get(), text(1, 10, 3, 70), &got) == 0);
-        printf("  continued in another sequence: %.1e\n", max_diff(want, got));
-        CHECK(max_diff(want, got) < 2e-2);
-    }
-    // the whole context
-    {
-        ctx_ptr ctx2 = ctx_init(model, 2, false);
-        CHECK(llama_state_set_data(ctx2.get(), all.data(), all.size()) == all.size());
-        CHECK(max_diff(state0, state(ctx2.get(), 0)) == 0.0);
-        CHECK(max_diff(state1, state(ctx2.get(), 1)) == 0.0);
-
-        std::vector<std::vector<float>> got;
-        CHECK(decode(ctx2.get(), text(0, 10, 3, 70), &got) == 0);
-        printf("  continued in another context: %.1e\n", max_diff(want, got));
-        CHECK(max_diff(want, got) < 2e-2);
-    }
-    // one that a base has saved, one with a NaN, one that ends early
-    {
-        ctx_ptr ctx_base = ctx_init(base, 2, false);
-        CHECK(decode(ctx_base.get(), text(0, 70, 1)) == 0);
-        std::vector<uint8_t> of_base(llama_state_seq_get_size(ctx_base.get(), 0));
-        CHECK(llama_state_seq_get_data(ctx_base.get(), of_base.data(), of_base.size(), 0) == of_base.size());
-
-        const std::vector<float> before = state(ctx.get(), 1);
-
-        last_error.clear();
-        CHECK(llama_state_seq_set_data(ctx.get(), of_base.data(), of_base.size(), 1) == 0);
-        CHECK(last_error.find("no memory in it") != std::string::npos);
-        CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
-
-        auto        bad = seq;
-        const float nan = NAN;
-        std::copy((const uint8_t *) &nan, (const uint8_t *) &nan + sizeof(nan), bad.begin() + 200);
-        CHECK(llama_state_seq_set_data(ctx.get(), bad.data(), bad.size(), 1) == 0);
-        CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
-
-        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size() / 2, 1) == 0);
-        CHECK(is_zero(state(ctx.get(), 1)) && llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 1) == -1);
-    }
-}
-
-// A server's checkpoint holds the window and the memory, not the rest of the KV cache: after it was restored, the rest is
-// cut to the same length.
-static void test_checkpoint(llama_model * model) {
-    ctx_ptr ctx = ctx_init(model, 1, true);
-    auto *  mem = llama_get_memory(ctx.get());
-
-    CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
-
-    const llama_state_seq_flags flags = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
-    std::vector<uint8_t>        data(llama_state_seq_get_size_ext(ctx.get(), 0, flags));
-    CHECK(llama_state_seq_get_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
-    const auto before = state(ctx.get(), 0);
-
-    std::vector<std::vector<float>> want, got;
-    CHECK(decode(ctx.get(), text(0, 10, 2, 70), &want) == 0);
-    CHECK(!llama_memory_seq_rm(mem, 0, 70, -1));
-
-    CHECK(llama_state_seq_set_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
-    CHECK(llama_memory_seq_rm(mem, 0, 70, -1));
-    CHECK(llama_memory_seq_pos_max(mem, 0) == 69);
-    CHECK(max_diff(before, state(ctx.get(), 0)) == 0.0);
-
-    CHECK(decode(ctx.get(), text(0, 10, 2, 70), &got) == 0);
-    CHECK(max_diff(want, got) < 2e-2);
-}
-
 static void test_modes(const char * path, const char * path_sidecar) {
     for (auto mode : { LLAMA_RWKV_MS_MODE_SERIAL, LLAMA_RWKV_MS_MODE_FUSED, LLAMA_RWKV_MS_MODE_BATCHED }) {
         model_ptr model = model_load(path, nullptr);
@@ -594,22 +326,15 @@ static void test_modes(const char * path, const char * path_sidecar) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc != 1 && argc != 3) {
-        printf("usage: %s [BASE.gguf SIDECAR.gguf]\n", argv[0]);
-        return 1;
-    }
-
     const char * path         = argc == 3 ? argv[1] : LLAMAMEM_TEST_DATA "/model_a/model-f32.gguf";
     const char * path_sidecar = argc == 3 ? argv[2] : LLAMAMEM_TEST_DATA "/model_a/sidecar-v1.gguf";
 
     llama_log_set(log_keep_errors, nullptr);
-    llama_backend_init();
 
-    {
-        model_ptr base  = model_load(path, nullptr);
-        model_ptr model = model_load(path, path_sidecar);
+    model_ptr base  = model_load(path, nullptr);
+    model_ptr model = model_load(path, path_sidecar);
 
-        const std::pair<const char *, std::function<void()>> tests[] = {
+    return run_tests({
             { "several sequences", [&] { test_interleaved(base.get(), model.get()); } },
             { "restart", [&] { test_restart(model.get()); } },
             { "copy then diverge", [&] { test_copy(model.get(), false); test_copy(model.get(), true); } },
@@ -620,20 +345,6 @@ int main(int argc, char ** argv) {
             { "aborted ubatch", [&] { test_abort(model.get()); } },
             { "prepare, base", [&] { test_prepare(base.get()); } },
             { "prepare", [&] { test_prepare(model.get()); } },
-            { "save and load", [&] { test_save_load(base.get(), model.get()); } },
-            { "checkpoint", [&] { test_checkpoint(model.get()); } },
             { "modes", [&] { test_modes(path, path_sidecar); } },
-        };
-
-        for (const auto & [name, fn] : tests) {
-            const int n_fail_before = n_fail;
-            printf("%s\n", name);
-            fn();
-            printf("%s: %s\n", name, n_fail == n_fail_before ? "ok" : "FAILED");
-        }
-    }
-
-    llama_backend_free();
-    printf("%d failed\n", n_fail);
-    return n_fail == 0 ? 0 : 1;
+    });
 }

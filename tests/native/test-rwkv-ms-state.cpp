@@ -1,0 +1,113 @@
+// Saved and loaded states: of a sequence, of a whole context, and the server's partial checkpoints.
+//
+// usage: test-rwkv-ms-state [BASE.gguf SIDECAR.gguf]
+
+#include "testing.h"
+
+static void test_save_load(llama_model * base, llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 2, false);
+    CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
+    CHECK(decode(ctx.get(), text(1, 40, 2)) == 0);
+
+    std::vector<uint8_t> seq(llama_state_seq_get_size(ctx.get(), 0));
+    CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 0) == seq.size());
+    std::vector<uint8_t> all(llama_state_get_size(ctx.get()));
+    CHECK(llama_state_get_data(ctx.get(), all.data(), all.size()) == all.size());
+
+    const std::vector<float> state0 = state(ctx.get(), 0), state1 = state(ctx.get(), 1);
+
+    std::vector<std::vector<float>> want;
+    CHECK(decode(ctx.get(), text(0, 10, 3, 70), &want) == 0);
+
+    // the KV cells lie elsewhere then, so that attention sums in another order
+
+    // one sequence, into the other place
+    {
+        ctx_ptr ctx2 = ctx_init(model, 2, false);
+        fill_garbage(ctx2.get(), 2);
+        CHECK(llama_state_seq_set_data(ctx2.get(), seq.data(), seq.size(), 1) == seq.size());
+        CHECK(max_diff(state0, state(ctx2.get(), 1)) == 0.0);
+        CHECK(is_zero(state(ctx2.get(), 0)));
+
+        std::vector<std::vector<float>> got;
+        CHECK(decode(ctx2.get(), text(1, 10, 3, 70), &got) == 0);
+        printf("  continued in another sequence: %.1e\n", max_diff(want, got));
+        CHECK(max_diff(want, got) < 2e-2);
+    }
+    // the whole context
+    {
+        ctx_ptr ctx2 = ctx_init(model, 2, false);
+        CHECK(llama_state_set_data(ctx2.get(), all.data(), all.size()) == all.size());
+        CHECK(max_diff(state0, state(ctx2.get(), 0)) == 0.0);
+        CHECK(max_diff(state1, state(ctx2.get(), 1)) == 0.0);
+
+        std::vector<std::vector<float>> got;
+        CHECK(decode(ctx2.get(), text(0, 10, 3, 70), &got) == 0);
+        printf("  continued in another context: %.1e\n", max_diff(want, got));
+        CHECK(max_diff(want, got) < 2e-2);
+    }
+    // one that a base has saved, one with a NaN, one that ends early
+    {
+        ctx_ptr ctx_base = ctx_init(base, 2, false);
+        CHECK(decode(ctx_base.get(), text(0, 70, 1)) == 0);
+        std::vector<uint8_t> of_base(llama_state_seq_get_size(ctx_base.get(), 0));
+        CHECK(llama_state_seq_get_data(ctx_base.get(), of_base.data(), of_base.size(), 0) == of_base.size());
+
+        const std::vector<float> before = state(ctx.get(), 1);
+
+        last_error.clear();
+        CHECK(llama_state_seq_set_data(ctx.get(), of_base.data(), of_base.size(), 1) == 0);
+        CHECK(last_error.find("no memory in it") != std::string::npos);
+        CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
+
+        auto        bad = seq;
+        const float nan = NAN;
+        std::copy((const uint8_t *) &nan, (const uint8_t *) &nan + sizeof(nan), bad.begin() + 200);
+        CHECK(llama_state_seq_set_data(ctx.get(), bad.data(), bad.size(), 1) == 0);
+        CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
+
+        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size() / 2, 1) == 0);
+        CHECK(is_zero(state(ctx.get(), 1)) && llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 1) == -1);
+    }
+}
+
+// A server's checkpoint holds the window and the memory, not the rest of the KV cache: after it was restored, the rest is
+// cut to the same length.
+static void test_checkpoint(llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 1, true);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
+
+    const llama_state_seq_flags flags = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+    std::vector<uint8_t>        data(llama_state_seq_get_size_ext(ctx.get(), 0, flags));
+    CHECK(llama_state_seq_get_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
+    const auto before = state(ctx.get(), 0);
+
+    std::vector<std::vector<float>> want, got;
+    CHECK(decode(ctx.get(), text(0, 10, 2, 70), &want) == 0);
+    CHECK(!llama_memory_seq_rm(mem, 0, 70, -1));
+
+    CHECK(llama_state_seq_set_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
+    CHECK(llama_memory_seq_rm(mem, 0, 70, -1));
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 69);
+    CHECK(max_diff(before, state(ctx.get(), 0)) == 0.0);
+
+    CHECK(decode(ctx.get(), text(0, 10, 2, 70), &got) == 0);
+    CHECK(max_diff(want, got) < 2e-2);
+}
+
+int main(int argc, char ** argv) {
+    const char * path         = argc == 3 ? argv[1] : LLAMAMEM_TEST_DATA "/model_a/model-f32.gguf";
+    const char * path_sidecar = argc == 3 ? argv[2] : LLAMAMEM_TEST_DATA "/model_a/sidecar-v1.gguf";
+
+    llama_log_set(log_keep_errors, nullptr);
+
+    model_ptr base  = model_load(path, nullptr);
+    model_ptr model = model_load(path, path_sidecar);
+
+    return run_tests({
+            { "save and load", [&] { test_save_load(base.get(), model.get()); } },
+            { "checkpoint", [&] { test_checkpoint(model.get()); } },
+    });
+}
