@@ -117,12 +117,12 @@ static void llama_rwkv_ms_eval_impl(const llama_rwkv_ms_eval_params & p) {
             if (llama_rwkv_ms_dim(tensors, head_name[h], 1) != D) {
                 throw std::runtime_error(format("tensor '%s' has not %lld columns", head_name[h], (long long) D));
             }
-            layer.delta[h] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, D, llama_rwkv_ms_dim(tensors, head_name[h], 0));
+            layer.delta[h] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, llama_rwkv_ms_dim(tensors, head_name[h], 0), D);
 
             // a traced row ends with out, then the routes
-            ggml_tensor * out = params.trace ? ggml_cont(ctx.get(), ggml_view_2d(ctx.get(), core, D, T, core->nb[1], 12 * D * sizeof(float))) : core;
+            ggml_tensor * out = params.trace ? ggml_view_2d(ctx.get(), core, D, T, core->nb[1], 12 * D * sizeof(float)) : core;
 
-            delta[h] = ggml_mul_mat(ctx.get(), layer.delta[h], out);
+            delta[h] = llama_rwkv_ms_build_delta(ctx.get(), layer, (llama_rwkv_ms_head) h, out);
             ggml_build_forward_expand(gf, delta[h]);
         }
     }

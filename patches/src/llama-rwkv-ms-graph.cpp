@@ -55,6 +55,11 @@ ggml_tensor * llama_rwkv_ms_build_core(
     return ggml_rwkv_ms(ctx, x, layer.core, state, ids, &params); // [D, n_tokens]
 }
 
+ggml_tensor * llama_rwkv_ms_build_delta(ggml_context * ctx, const llama_rwkv_ms_layer & layer, llama_rwkv_ms_head head, ggml_tensor * core) {
+    // an outer product, because D is too short for the dot products of a matrix multiplication to be fast
+    return ggml_out_prod(ctx, layer.delta[head], ggml_transpose(ctx, core));
+}
+
 llama_rwkv_ms_graph::llama_rwkv_ms_graph(const llm_graph_context & gctx) : gctx(gctx) {
     if (!gctx.rwkv_ms) {
         return;
@@ -102,7 +107,7 @@ ggml_tensor * llama_rwkv_ms_graph::add(ggml_tensor * cur, llama_rwkv_ms_head hea
         return cur;
     }
 
-    ggml_tensor * delta = ggml_mul_mat(gctx.ctx0, layer->delta[head], core); // [width, n_tokens]
+    ggml_tensor * delta = llama_rwkv_ms_build_delta(gctx.ctx0, *layer, head, core); // [width, n_tokens]
     gctx.cb(delta, "rwkv_ms_delta", il);
 
     return ggml_add(gctx.ctx0, cur, delta);

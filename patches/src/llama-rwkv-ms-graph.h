@@ -18,6 +18,9 @@ ggml_tensor * llama_rwkv_ms_build_core(
         ggml_tensor *               state,
         ggml_tensor *               ids);
 
+// the delta of a head [width, n_tokens] from the output of the core [D, n_tokens]
+ggml_tensor * llama_rwkv_ms_build_delta(ggml_context * ctx, const llama_rwkv_ms_layer & layer, llama_rwkv_ms_head head, ggml_tensor * core);
+
 // Usage, once a graph: construct, then for each layer read() and, for each head, add().
 // Without a memory, and in layers that are not target layers, read() does nothing and add() returns cur.
 class llama_rwkv_ms_graph {

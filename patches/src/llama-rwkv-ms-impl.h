@@ -30,7 +30,7 @@ struct llama_rwkv_ms_layer {
     ggml_tensor * in   = nullptr; // [n_embd, D + G (+ G)]: memory_v, beta (and lambda) projections
     ggml_tensor * core = nullptr; // [n_weight], see ggml_rwkv_ms_n_weight
 
-    // [D, width] with alpha/R folded in, nullptr where the head is not active
+    // [width, D] with alpha/R folded in, nullptr where the head is not active
     ggml_tensor * delta[LLAMA_RWKV_MS_HEAD_COUNT] = {};
 };
 

@@ -51,6 +51,20 @@ static void llama_rwkv_ms_append(std::vector<float> & dst, const llama_rwkv_ms_t
     dst.insert(dst.end(), data.begin(), data.end());
 }
 
+// torch's [out, in] -> [in][out]
+static std::vector<float> llama_rwkv_ms_transposed(const llama_rwkv_ms_tensor & tensor) {
+    const int64_t n_out = tensor.shape[0];
+    const int64_t n_in  = tensor.shape[1];
+
+    std::vector<float> res(n_out * n_in);
+    for (int64_t o = 0; o < n_out; ++o) {
+        for (int64_t i = 0; i < n_in; ++i) {
+            res[i * n_out + o] = tensor.data[o * n_in + i];
+        }
+    }
+    return res;
+}
+
 std::vector<float> llama_rwkv_ms_pack_in(const llama_rwkv_ms_tensors & tensors, bool couple_lambda) {
     std::vector<float> res;
 
@@ -74,24 +88,17 @@ std::vector<float> llama_rwkv_ms_pack_core(const llama_rwkv_ms_tensors & tensors
         llama_rwkv_ms_append(res, tensors, (std::string("rwkv.") + name).c_str());
     }
 
-    // torch's [out, in] -> [in][out]
     for (const char * name : { "rwkv.receptance.weight", "rwkv.key.weight", "rwkv.value.weight", "rwkv.output.weight" }) {
-        const auto & tensor = tensors.at(name);
-
-        const int64_t n_out = tensor.shape[0];
-        const int64_t n_in  = tensor.shape[1];
-
-        for (int64_t i = 0; i < n_in; ++i) {
-            for (int64_t o = 0; o < n_out; ++o) {
-                res.push_back(tensor.data[o * n_in + i]);
-            }
-        }
+        const auto data = llama_rwkv_ms_transposed(tensors.at(name));
+        res.insert(res.end(), data.begin(), data.end());
     }
     return res;
 }
 
 std::vector<float> llama_rwkv_ms_pack_delta(const llama_rwkv_ms_tensors & tensors, const char * name, float scale) {
-    std::vector<float> res = tensors.at(name).data;
+    const auto & tensor = tensors.at(name);
+
+    std::vector<float> res = llama_rwkv_ms_transposed(tensor);
     for (float & x : res) {
         x *= scale;
     }
@@ -172,7 +179,7 @@ llama_rwkv_ms::llama_rwkv_ms(const llama_model & model, const llama_rwkv_ms_side
 
         for (int h = 0; h < LLAMA_RWKV_MS_HEAD_COUNT; ++h) {
             if (sidecar.head[h]) {
-                layer.delta[h] = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, D, src.width[h]);
+                layer.delta[h] = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, src.width[h], D);
                 ggml_format_name(layer.delta[h], "rwkv_ms_%s.%d", head_name[h], layer.il);
             }
         }
