@@ -58,3 +58,9 @@ def test_what_cannot_be_right_is_refused(options: tuple[str, ...], reason: bytes
     assert refused.returncode == 1
     assert reason in refused.stderr
     assert refused.stdout == b""
+
+
+def test_the_reason_is_not_lost_on_the_way_out() -> None:
+    """The log is written by a thread; stock lost its last lines in one run of eight."""
+    for _ in range(40):
+        assert b"unable to create context" in complete(PROMPT).stderr
