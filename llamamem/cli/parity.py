@@ -21,8 +21,8 @@ def register(app: typer.Typer) -> None:
 
 def parity(
     model: Annotated[Path, typer.Option(help="Base GGUF.")],
-    ids: Annotated[Path, typer.Option(help=".npy, token ids [n], fed from position 0.")],
-    logits: Annotated[Path, typer.Option(help=".npy, reference logits [n, vocabulary].")],
+    ids: Annotated[Path, typer.Option(help=".npy or FILE.npz:NAME, token ids [n], fed from position 0.")],
+    logits: Annotated[Path, typer.Option(help=".npy or FILE.npz:NAME, reference logits [n, vocabulary].")],
     sidecar: Annotated[Path | None, typer.Option(help="Memory sidecar GGUF; without it the base runs.")] = None,
     ubatch: Annotated[int, typer.Option(min=1, help="Tokens in a microbatch.")] = 512,
     kv: Annotated[KvType, typer.Option(help="Type of the KV cache.")] = KvType.f32,

@@ -101,7 +101,7 @@ def compare_states(measured: list[State], expected: Mapping[str, np.ndarray]) ->
 
 
 def load_ids(path: str | os.PathLike[str]) -> np.ndarray:
-    """Token ids from a .npy file: one dimension, integers, at least one."""
+    """Token ids from a .npy file or FILE.npz:NAME: one dimension, integers, at least one."""
     ids = _load_npy(path)
     if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise LlamamemError(f"{path}: token ids are a one-dimensional integer array, this is {ids.dtype} {ids.shape}")
@@ -109,7 +109,7 @@ def load_ids(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def load_logits(path: str | os.PathLike[str]) -> np.ndarray:
-    """Logits from a .npy file: two dimensions (tokens, vocabulary), floating point."""
+    """Logits from a .npy file or FILE.npz:NAME: two dimensions (tokens, vocabulary), floating point."""
     logits = _load_npy(path)
     if logits.ndim != 2 or not np.issubdtype(logits.dtype, np.floating):
         raise LlamamemError(
@@ -131,13 +131,18 @@ def load_states(path: str | os.PathLike[str], prefix: str = "") -> dict[str, np.
 
 
 def _load_npy(path: str | os.PathLike[str]) -> np.ndarray:
+    """An array of a .npy file, or of an archive: `FILE.npz:NAME`."""
+    file, archive, name = str(path).partition(".npz:")
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(file + archive.removesuffix(":"), allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise LlamamemError(f"{path}: not a readable .npy file ({e})") from e
-    if not isinstance(array, np.ndarray):
-        raise LlamamemError(f"{path}: a .npz archive; give one array as .npy")
-    return array
+    if isinstance(array, np.ndarray):
+        return array
+    with array:
+        if name not in array:
+            raise LlamamemError(f"{path}: an archive: give FILE.npz:NAME with one of {', '.join(sorted(array))}")
+        return array[name]
 
 
 def _finite(logits: np.ndarray, subject: str, exit_status: int) -> None:

@@ -112,6 +112,11 @@ def test_files_that_are_not_what_they_should_be_are_refused(tmp_path: Path) -> N
         parity.load_logits(file)
     with pytest.raises(LlamamemError, match="nowhere"):
         parity.load_ids(tmp_path / "nowhere.npy")
+    np.savez(tmp_path / "archive.npz", ids=np.arange(3))
+    assert parity.load_ids(f"{tmp_path}/archive.npz:ids").tolist() == [0, 1, 2]
+    for name in ("", ":", ":other"):
+        with pytest.raises(LlamamemError, match=r"archive\.npz.*NAME with one of ids"):
+            parity.load_ids(f"{tmp_path}/archive.npz{name}")
     np.savez(tmp_path / "states.npz", S=np.zeros(1))
     with pytest.raises(LlamamemError, match="'prev'"):
         parity.load_states(tmp_path / "states.npz")
