@@ -7,7 +7,6 @@ it may change the maths.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +74,7 @@ INERT: dict[type, set[str]] = {
     bool: {"memory_reader_read_only", "rwkv_ms_detach_read_scores"},
 }  # fmt: skip
 
+_F32_MAX = 3.4028234663852886e38  # the runtime computes in fp32; false for NaN too
 _EXPECTED = {float: "a finite number", str: "a string", bool: "true or false"}
 
 
@@ -156,7 +156,7 @@ def _present(where: str, obj: Mapping[str, Any], key: str) -> Any:
 
 def _is(kind: type, value: Any) -> bool:
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _F32_MAX
     return isinstance(value, kind)
 
 

@@ -218,6 +218,9 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_memory_rwkv_ms::memory_breakd
 //
 
 void llama_memory_rwkv_ms::zero(llama_seq_id seq_id) {
+    if (seq_id < 0) {
+        pending.clear(); // whatever was to be done is undone by this
+    }
     for (uint32_t s = 0; s < n_cells; ++s) {
         if (seq_id < 0 || seq_id == (llama_seq_id) s) {
             pending.push_back({ -1, (int32_t) s });

@@ -168,6 +168,7 @@ def test_keys_that_are_refused(values: dict[str, Any], named: str, exported: Pat
         ("couple_lambda", 1),
         ("rankwise_gates", None),
         ("rwkv_ms_erase_gate", "1.0"),
+        ("rwkv_ms_erase_gate", 1e300),  # infinite in fp32
         ("rwkv_ms_chunk_size", 0),
         ("rwkv_ms_chunk_size", 48.0),
         ("rwkv_ms_state_dtype", "bf16"),

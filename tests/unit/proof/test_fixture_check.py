@@ -107,7 +107,8 @@ def test_mutants_of_semantics_2_fail(
 def test_both_engines_are_checked_each(
     llamamem: Callable[..., Any], layers: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = pytest.importorskip("llamamem.native.runtime")
+    from llamamem.native import runtime
+
     path = layer(layers, "v1_h64_t7_c4")
     monkeypatch.setattr(runtime, "eval_layer", oracle.eval_layer)
     result = llamamem("fixture", "check", path, "--engine", "both", "--json")
