@@ -78,7 +78,6 @@ def test_an_end_by_itself_is_told_from_a_stop(fake_bin: Path, tmp_path: Path) ->
     assert read_run(server.record_path).state == "exited"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs PR_SET_PDEATHSIG")
 def test_no_orphan_survives_a_killed_launcher(fake_bin: Path, tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import time
