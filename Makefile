@@ -4,9 +4,9 @@ PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
 LLAMAMEM := $(BIN)/llamamem
-CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches/src/*.cu tests/native/*.cpp tests/native/*.h)
+CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches/src/*.cu tests/native/*.cpp tests/native/*.h tests/fuzz/*.cpp)
 
-.PHONY: help setup python build demo test test-native test-python lint types format bench vendor-verify clean distclean
+.PHONY: help setup python build demo test test-native test-python lint types format bench fuzz vendor-verify clean distclean
 
 # what is shared, the environment and the build, is made once; the closing lines stay pytest's
 .NOTPARALLEL:
@@ -15,6 +15,7 @@ help:
 	@echo "make setup   the environment in .venv and the native build"
 	@echo "make demo    a small model answers with live memory"
 	@echo "make test    lint, types, native tests, Python tests"
+	@echo "make fuzz    both readers of sidecars against hostile files, SECONDS=60 each (needs clang)"
 	@echo "make lint | types | format | bench | vendor-verify | clean | distclean"
 
 setup: python build
@@ -53,6 +54,12 @@ build/bench/wide.gguf: tools/make_model.py | $(VENV)/.package
 
 bench: setup build/bench/wide.gguf
 	$(LLAMAMEM) bench --model build/bench/wide.gguf --sidecar build/bench/wide-memory.gguf
+
+# each reader for so long
+SECONDS ?= 60
+
+fuzz: python
+	$(BIN)/python tools/fuzz.py --seconds $(SECONDS)
 
 # -- checks; pytest comes last, its summary closes the log
 

@@ -9,8 +9,6 @@ in a moment. The same preset and seed give the same bytes.
 from __future__ import annotations
 
 import argparse
-import json
-import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from make_checkpoint import Memory, Spec, normal, write_checkpoint
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.sidecar_export import export_sidecar
@@ -58,7 +57,6 @@ PRESETS = {
 }
 
 TARGET_LAYERS = 6
-RANK, STATES, LORA = 8, 4, 32
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>")
 CHARACTERS = "\n!\"'(),-./0123456789:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\u2581"
@@ -140,10 +138,6 @@ def metadata(writer: gguf.GGUFWriter, p: Preset, name: str) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-# A tensor is given by its shape (torch order), the mean and the deviation of its random values.
-Spec = tuple[str, tuple[int, ...], float, float]
-
-
 def base_tensors(p: Preset) -> Iterator[Spec]:
     """Every tensor of the base. Small q/k and post norms keep a random model from being chaotic."""
     h = p.hidden
@@ -184,7 +178,7 @@ def rope_freqs(p: Preset) -> np.ndarray:
 def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], mean: float, std: float, kind: Type) -> np.ndarray:
     """Normal values as F32, or raw Q8_0 blocks (as bytes) with one scale and uniform quants: 50 times as fast."""
     if kind == Type.F32 or len(shape) == 1:
-        return (rng.standard_normal(shape, np.float32) * np.float32(std) + np.float32(mean)).astype(np.float32)
+        return normal(rng, shape, mean, std)
     blocks = np.empty((shape[0], shape[1] // 32, 34), np.uint8)  # an fp16 scale and 32 quants
     blocks[:, :, 2:] = rng.integers(-127, 128, (shape[0], shape[1] // 32, 32), np.int8).view(np.uint8)
     blocks[:, :, :2] = np.array([std / 73.6], np.float16).view(np.uint8)  # 73.6: deviation of the quants
@@ -211,73 +205,13 @@ def write_base(path: Path, p: Preset, name: str, seed: int) -> None:
     writer.close()
 
 
-def sidecar_tensors(p: Preset) -> Iterator[Spec]:
-    """Every tensor of a checkpoint by its source name, with values in the range of trained ones."""
-    d = RANK
-    vectors = {"x_r": (0.4, 0.2), "x_w": (0.3, 0.2), "x_k": (0.6, 0.2), "x_v": (0.7, 0.2), "x_a": (0.6, 0.2)}
-    vectors |= {"x_g": (0.6, 0.2), "w0": (-2.7, 1.2), "a0": (-0.3, 0.7), "k_k": (0.6, 0.2), "k_a": (1.0, 0.1)}
-    vectors |= {"ln_x.weight": (1.0, 0.2), "ln_x.bias": (0.0, 0.3)}
+def memory(p: Preset, name: str) -> Memory:
+    """A memory in the first layers."""
+    widths = {}
     for i in range(TARGET_LAYERS):
-        attn = f"model.language_model.layers.{i}.self_attn."
-        core = attn + "hrm_rwkv7_core."
-        for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj"):
-            yield f"{attn}{name}", (d, p.hidden), 0.0, 1 / p.hidden**0.5
-        yield attn + "beta_bias", (d,), -1.5, 0.6
         kv = p.kv_heads * p.dim(i)
-        for head, width in (("q", p.heads * p.dim(i)), ("k", kv), ("v", kv), ("o", p.hidden)):
-            yield f"{attn}delta_{head}_proj", (width, d), 0.0, 0.06
-        for name, (mean, std) in vectors.items():
-            yield core + name, (d,), mean, std
-        for name in ("w", "a", "g"):
-            yield f"{core}{name}1", (d, LORA), 0.0, 1 / d**0.5
-            yield f"{core}{name}2", (LORA, d), 0.0, 0.27
-        for name in ("receptance", "key", "value", "output"):
-            yield f"{core}{name}.weight", (d, d), 0.0, 1 / d**0.5
-
-
-def checkpoint_config(p: Preset, semantics: int) -> dict[str, object]:
-    """What a checkpoint's config must say; every absent key means its implemented value."""
-    config: dict[str, object] = {
-        "rank": RANK,
-        "alpha": 16.0,
-        "memory_backend": "rwkv_ms",
-        "memory_readout_mode": "delta",
-        "couple_lambda": True,
-        "state_update_mode": "standard",
-        "rankwise_gates": True,
-        "num_state_heads": 1,
-        "target_layers": list(range(TARGET_LAYERS)),
-        "delta_heads": ["q", "o"],
-        "rwkv_ms_num_states": STATES,
-        "rwkv_ms_chunk_size": p.chunk,
-        "rwkv_ms_boundary_mode": "fixed_chunk",
-        "rwkv_ms_erase_gate": 1.0,
-    }
-    return config if semantics == 1 else config | {"rwkv_ms_semantics_version": semantics}
-
-
-def bf16(values: np.ndarray) -> bytes:
-    """Raw BF16, rounded to nearest even."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
-
-
-def write_checkpoint(folder: Path, p: Preset, name: str, seed: int, semantics: int, zero_deltas: bool) -> None:
-    """A checkpoint directory, as training would leave it. The tensors are BF16, which NumPy has not: so by hand."""
-    rng = np.random.default_rng([seed, 1])  # other values than the base's
-    header, data = {}, b""
-    for source, shape, mean, std in sidecar_tensors(p):
-        values = random_tensor(rng, shape, mean, std, Type.F32)
-        if zero_deltas and ".delta_" in source:
-            values = np.zeros_like(values)
-        raw = bf16(values)
-        header[source] = {"dtype": "BF16", "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    (folder / "delta_mem_adapter.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
-    (folder / "delta_mem_config.json").write_text(json.dumps(checkpoint_config(p, semantics)))
-    (folder / "adapter_metadata.json").write_text(json.dumps({"base_model": name}))
+        widths[i] = (p.heads * p.dim(i), kv, kv, p.hidden)
+    return Memory(base=name, hidden=p.hidden, widths=widths, chunk=p.chunk)
 
 
 def main() -> None:
@@ -295,7 +229,7 @@ def main() -> None:
     if args.sidecar is None:
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), preset, name, args.seed, args.semantics, args.zero_deltas)
+        write_checkpoint(Path(folder), memory(preset, name), args.seed, args.semantics, args.zero_deltas)
         export_sidecar(folder, args.output, args.sidecar)
     print(f"{args.sidecar}: {args.sidecar.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
 
 ARCHITECTURES = ("gemma4",)
@@ -39,16 +40,15 @@ class BaseModel:
     name: str
     hidden: int
     layers: tuple[AttentionLayer, ...]
+    values_are_keys: frozenset[int] = frozenset()  # layers without a v projection: a delta of k or v would reach both
 
 
 def read_base(path: str | Path) -> BaseModel:
     """Reads the header of a base GGUF; refuses split files and architectures that the runtime has no memory for."""
     index = read_gguf_index(path)
-    arch = index.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise LlamamemError(f"{path}: architecture is {arch!r}; a memory is supported on {', '.join(ARCHITECTURES)}")
-    if index.get("split.count", 1) > 1:
-        raise LlamamemError(f"{path}: is split into several files, which is not supported; merge it with gguf-split")
+    for fault in base_faults(index):
+        raise fault
+    arch = str(index.get("general.architecture"))
     hidden = _number(index, f"{arch}.embedding_length")
     n_layers = _number(index, f"{arch}.block_count")
     pattern = index.get(f"{arch}.attention.sliding_window_pattern")
@@ -56,7 +56,26 @@ def read_base(path: str | Path) -> BaseModel:
         raise LlamamemError(f"{path}: key '{arch}.attention.sliding_window_pattern' is not a list of {n_layers} values")
     shapes = {info.name: info.shape for info in index.tensors}
     layers = tuple(_layer(index, arch, shapes, i, bool(sliding), hidden) for i, sliding in enumerate(pattern))
-    return BaseModel(Path(path), str(index.get("general.name", "")), hidden, layers)
+    without = frozenset(
+        layer.layer for layer in layers if layer.v_out is not None and f"blk.{layer.layer}.attn_v.weight" not in shapes
+    )
+    return BaseModel(Path(path), str(index.get("general.name", "")), hidden, layers, without)
+
+
+def base_faults(index: GgufIndex) -> Iterator[LlamamemError]:
+    """What makes a file no base for any memory."""
+    arch, split = index.get("general.architecture"), index.get("split.count", 1)
+    if arch not in ARCHITECTURES:
+        yield LlamamemError(
+            f"{index.path}: architecture is {quoted(str(arch))}; a memory is supported on {', '.join(ARCHITECTURES)}",
+            reason="base-architecture",
+        )
+    if split not in (0, 1):
+        yield LlamamemError(
+            f"{index.path}: is split into several files, which is not supported; merge them with "
+            "llama-gguf-split --merge",
+            reason="base-split",
+        )
 
 
 def file_sha256(path: str | Path, progress: Callable[[int], None] | None = None) -> str:
@@ -82,7 +101,8 @@ def _layer(
     heads_kv = _number(index, f"{arch}.attention.head_count_kv", i)
     key = _number(index, f"{arch}.attention.key_length{swa}")
     value = _number(index, f"{arch}.attention.value_length{swa}")
-    shared = i >= _number(index, f"{arch}.block_count") - index.get(f"{arch}.attention.shared_kv_layers", 0)
+    n_shared = _number(index, f"{arch}.attention.shared_kv_layers", low=0, default=0)
+    shared = i >= _number(index, f"{arch}.block_count") - n_shared
     said: dict[str, tuple[int, ...]] = {
         "attn_q": (heads * key, hidden),
         "attn_k": (heads_kv * key, hidden),
@@ -108,10 +128,10 @@ def _layer(
     )
 
 
-def _number(index: GgufIndex, key: str, i: int = 0) -> int:
-    value: Any = index.get(key)
+def _number(index: GgufIndex, key: str, i: int = 0, low: int = 1, default: int | None = None) -> int:
+    value: Any = index.get(key, default)
     if isinstance(value, list) and i < len(value):
         value = value[i]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LlamamemError(f"{index.path}: key '{key}' is {value!r}, expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise LlamamemError(f"{index.path}: key '{key}' is {quoted(str(value))}, expected an integer from {low}")
     return value

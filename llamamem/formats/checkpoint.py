@@ -11,7 +11,9 @@ import collections
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.gguf_file import TYPE_SIZE
+from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor
 from llamamem.formats.sidecar_config import parse_json
 
 ADAPTER = "delta_mem_adapter"
@@ -27,17 +29,9 @@ CONFIG = "delta_mem_config.json"
 METADATA = "adapter_metadata.json"
 
 _MAX_PICKLE = 64 << 20  # bytes; the dict of a checkpoint of 186 tensors has 26 kB
+_MAX_BYTES = 1 << 30  # of a file, and of all its tensors: a sidecar may not be larger
+_MAX_JSON = 16 << 20  # bytes
 _STORAGES = {"FloatStorage": "F32", "BFloat16Storage": "BF16", "HalfStorage": "F16"}
-
-
-@dataclass(frozen=True)
-class CheckpointTensor:
-    """Raw little-endian bytes as stored; `dtype` is BF16, F16 or F32, `shape` torch's."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
 
 
 @dataclass(frozen=True)
@@ -45,14 +39,20 @@ class Checkpoint:
     """Tensors by source name, the whole config, and the metadata ({} without a metadata file)."""
 
     path: Path
+    adapter: Path
     config_path: Path
-    tensors: dict[str, CheckpointTensor]
+    tensors: dict[str, GgufTensor]
     config: dict[str, Any]
     metadata: dict[str, Any]
 
+    @property
+    def files(self) -> list[Path]:
+        """What it was read from."""
+        return [self.adapter, self.config_path, self.path / METADATA]
+
 
 def read_checkpoint(path: str | Path, config: str | None = None) -> Checkpoint:
-    """Reads a checkpoint directory, with the config file of another name if given.
+    """Reads a checkpoint directory. `config` is another config file: a name inside the directory, or a path.
 
     Raises LlamamemError if a file is missing or malformed, or if the pickle names anything but tensors.
     """
@@ -67,28 +67,32 @@ def read_checkpoint(path: str | Path, config: str | None = None) -> Checkpoint:
     if not tensors:
         raise LlamamemError(f"{adapter}: holds no tensors")
     config_path = path / (config or CONFIG)
+    if config is not None and not config_path.is_file():
+        config_path = Path(config)
     metadata = _read_json(path / METADATA) if (path / METADATA).exists() else {}
-    return Checkpoint(path, config_path, tensors, _read_json(config_path), metadata)
+    return Checkpoint(path, adapter, config_path, tensors, _read_json(config_path), metadata)
 
 
-def read_safetensors(path: Path) -> dict[str, CheckpointTensor]:
+def read_safetensors(path: Path) -> dict[str, GgufTensor]:
     """The tensors of a .safetensors file."""
     try:
-        entries = deserialize(_read_bytes(path))  # type: ignore[no-untyped-call,unused-ignore]
+        entries = deserialize(_read_bytes(path, _MAX_BYTES))  # type: ignore[no-untyped-call,unused-ignore]
     except SafetensorError as e:
         raise LlamamemError(f"{path}: not a safetensors file ({e})") from None
     tensors = {}
     for name, entry in entries:
         if entry["dtype"] not in TYPE_SIZE:
             raise LlamamemError(f"{path}: tensor '{name}' has type {entry['dtype']}; BF16, F16 and F32 are legal")
-        tensors[name] = CheckpointTensor(name, entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))
+        tensors[name] = GgufTensor(name, entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))
     return tensors
 
 
-def read_torch_zip(path: Path) -> dict[str, CheckpointTensor]:
+def read_torch_zip(path: Path) -> dict[str, GgufTensor]:
     """The tensors of a .pt file that torch.save wrote from a flat dict."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if path.stat().st_size > _MAX_BYTES:
+                raise LlamamemError(f"{path}: over {_MAX_BYTES >> 20} MiB; no adapter is that large")
             return _read_torch_archive(path, archive)
     except FileNotFoundError:
         raise LlamamemError(f"{path}: no such file") from None
@@ -96,7 +100,7 @@ def read_torch_zip(path: Path) -> dict[str, CheckpointTensor]:
         raise LlamamemError(f"{path}: not a zip of the kind that torch.save writes ({e})") from None
 
 
-def _read_torch_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, CheckpointTensor]:
+def _read_torch_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, GgufTensor]:
     names = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != 1:
         raise LlamamemError(f"{path}: has {len(names)} data.pkl, one is expected; save it with torch.save")
@@ -128,7 +132,7 @@ def _read_torch_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, Check
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, _Tensor):
             raise LlamamemError(f"{path}: entry {name!r} is not a named tensor; expected a flat dict of tensors")
-        tensors[name] = CheckpointTensor(name, value.dtype, value.shape, value.data)
+        tensors[name] = GgufTensor(name, value.dtype, value.shape, value.data)
     return tensors
 
 
@@ -148,15 +152,17 @@ class _Tensor:
 class _TensorUnpickler(pickle.Unpickler):
     """Looks up nothing but what a dict of tensors is made of; every other name is refused before it is imported."""
 
-    def __init__(self, data: bytes, storage: Any) -> None:
+    def __init__(self, data: bytes, read_storage: Callable[[str], bytes]) -> None:
         super().__init__(io.BytesIO(data))
-        self._storage = storage
+        self._read_storage = read_storage
+        self._storages: dict[str, bytes] = {}
+        self._n_bytes = 0
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return self._rebuild_tensor
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         raise pickle.UnpicklingError(f"its pickle asks for '{module}.{name}', which a dict of tensors never needs")
@@ -164,22 +170,33 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
             case ("storage", str() as dtype, str() as key, str(), int()) if dtype in TYPE_SIZE and key.isalnum():
-                return _Storage(dtype, self._storage(key))
+                if key not in self._storages:
+                    self._storages[key] = self._read_storage(key)
+                    self._count(len(self._storages[key]))
+                return _Storage(dtype, self._storages[key])
         raise pickle.UnpicklingError(f"its pickle has an unknown kind of storage: {str(pid)[:60]!r}")
 
+    def _rebuild_tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
+        """What torch's function of that name does; numpy refuses a view that reaches beyond the storage."""
+        if not isinstance(storage, _Storage):
+            raise pickle.UnpicklingError("its pickle makes a tensor without a storage")
+        size = TYPE_SIZE[storage.dtype]
+        self._count(prod(shape) * size)
+        kind = np.dtype(f"<u{size}")
+        view: np.ndarray = np.ndarray(shape, kind, storage.data, offset * size, tuple(step * size for step in stride))
+        return _Tensor(storage.dtype, tuple(int(n) for n in shape), view.tobytes())
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
-    """What torch's function of that name does; numpy refuses a view that reaches beyond the storage."""
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("its pickle makes a tensor without a storage")
-    size = TYPE_SIZE[storage.dtype]
-    kind = np.dtype(f"<u{size}")
-    view: np.ndarray = np.ndarray(shape, kind, storage.data, offset * size, tuple(step * size for step in stride))
-    return _Tensor(storage.dtype, tuple(int(n) for n in shape), view.tobytes())
+    def _count(self, n_bytes: int) -> None:
+        """A step of 0, or many views of one storage, make any amount of a small file."""
+        self._n_bytes += n_bytes
+        if n_bytes < 0 or self._n_bytes > 2 * _MAX_BYTES:  # a storage and its tensor
+            raise pickle.UnpicklingError(f"its tensors are over {_MAX_BYTES >> 20} MiB")
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit: int) -> bytes:
     try:
+        if path.stat().st_size > limit:
+            raise LlamamemError(f"{path}: over {limit >> 20} MiB; no such file of a checkpoint is that large")
         return path.read_bytes()
     except OSError as e:
         raise LlamamemError(f"{path}: cannot be read ({e.strerror})") from None
@@ -187,7 +204,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        text = _read_bytes(path).decode("utf-8")
+        text = _read_bytes(path, _MAX_JSON).decode("utf-8")
     except UnicodeDecodeError:
         raise LlamamemError(f"{path}: not UTF-8 text") from None
     value = parse_json(str(path), text)

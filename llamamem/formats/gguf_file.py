@@ -1,11 +1,13 @@
-"""GGUF version 3 at the level of keys and tensors: a strict reader, and a writer that gives the same bytes again.
+"""GGUF version 3 at the level of keys and tensors: a reader of headers, a strict one of whole files, and a writer.
 
-The reader checks every length against the size of the file before it uses it, so that a cut or hostile file ends in
-one clear error. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Both readers check every length against the size of the file before they use it, so that a cut or hostile file ends in
+one clear error. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; what the strict one holds a file to,
+and in which order, is stage 1 of docs/sidecar.md. The writer gives the same bytes again.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.findings import quoted
 
 ALIGNMENT = 32
 TYPE_SIZE = {"BF16": 2, "F16": 2, "F32": 4}  # bytes of a value
@@ -37,8 +40,11 @@ _SCALARS = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
-_MAX_TENSORS = 1 << 16
-_MAX_FIELDS = 1 << 16
+_MAX_FILE = 1 << 30  # bytes, of a file that is read as a whole; the published sidecar has 1.7 MB
+_MAX_COUNT = 1 << 16  # of keys, of tensors
+_MAX_NUMEL = 1 << 48
+_MAX_NAME = 63  # bytes of a tensor's name, as ggml has it
+_GGML_TYPES = frozenset(int(kind) for kind in GGMLQuantizationType)
 _LONGEST_KEPT = 4096  # longer arrays and arrays of strings (vocabularies) are passed over
 
 
@@ -84,45 +90,54 @@ class GgufIndex:
         return self.fields[key].value if key in self.fields else default
 
 
-class _Damaged(Exception):
-    pass
-
-
 def read_gguf_index(path: str | Path) -> GgufIndex:
-    """Keys and tensor list of a GGUF file. Raises LlamamemError if it is missing, not GGUF, or damaged."""
+    """Keys and tensor list of any GGUF file. Raises LlamamemError if it is missing, not GGUF, or damaged."""
     path = Path(path)
     try:
         with path.open("rb") as file:
-            return _read_index(path, _Cursor(file, path.stat().st_size))
+            at = _Cursor(file, os.fstat(file.fileno()).st_size)
+            try:
+                return _read_index(path, at)
+            except LlamamemError as e:
+                raise LlamamemError(f"{path}: {e}; fetch it again") from None
     except FileNotFoundError:
         raise LlamamemError(f"{path}: no such file; check the path") from None
     except OSError as e:
         raise LlamamemError(f"{path}: cannot be read ({e.strerror}); give a readable .gguf file") from None
-    except _Damaged as e:
-        raise LlamamemError(f"{path}: {e}; fetch or export the file again") from None
 
 
-def read_gguf_tensors(index: GgufIndex) -> Iterator[GgufTensor]:
-    """The tensors of a file, one by one. Refuses types other than BF16, F16, F32, and data beyond the file's end."""
-    path = index.path
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            for info in index.tensors:
-                dtype = info.type.name
-                if dtype not in TYPE_SIZE:
-                    raise LlamamemError(f"{path}: tensor '{info.name}' has type {dtype}; BF16, F16 and F32 are legal")
-                n_bytes = prod(info.shape) * TYPE_SIZE[dtype]
-                start = index.data_start + info.offset
-                if start + n_bytes > size:
-                    raise LlamamemError(
-                        f"{path}: tensor '{info.name}' ends at byte {start + n_bytes}, the file at {size}: it is cut "
-                        "short; fetch or export it again"
-                    )
-                file.seek(start)
-                yield GgufTensor(info.name, dtype, info.shape, file.read(n_bytes))
-    except OSError as e:
-        raise LlamamemError(f"{path}: cannot be read ({e.strerror}); give a readable .gguf file") from None
+def read_gguf(path: str | Path, architecture: str) -> tuple[dict[str, GgufField], dict[str, GgufTensor]]:
+    """Keys and tensors, in file order, of a whole file of one architecture that follows docs/sidecar.md, stage 1.
+
+    Raises LlamamemError with the reason, and with a text that does not name the file.
+    """
+    data = _read_whole(Path(path))
+    at = _Cursor(io.BytesIO(data), len(data))
+    n_tensors, n_fields = _read_counts(at)
+    fields = _read_fields(at, n_fields, strict=True)
+    found = fields.get("general.architecture")
+    if found is None or found.type != GGUFValueType.STRING:
+        raise _refused("not-a-sidecar", f"key 'general.architecture' is missing or no string, must be '{architecture}'")
+    if found.value != architecture:
+        raise _refused(
+            "not-a-sidecar",
+            f"key 'general.architecture' is {quoted(found.value)}, must be '{architecture}'; is it the base model?",
+        )
+    alignment = fields.get("general.alignment")
+    if alignment not in (None, GgufField(GGUFValueType.UINT32, ALIGNMENT)):
+        raise _refused("alignment", f"key 'general.alignment' must be a u32 of {ALIGNMENT}")
+
+    infos = _read_tensor_infos(at, n_tensors, ALIGNMENT, strict=True)
+    tensors, start = {}, _padded(at.at, ALIGNMENT)
+    for info in infos:
+        n = prod(info.shape) * TYPE_SIZE[info.type.name]
+        if n > len(data) - start:
+            raise _refused("truncated", f"tensor {quoted(info.name)} ends at byte {start + n}, the file at {len(data)}")
+        tensors[info.name] = GgufTensor(info.name, info.type.name, info.shape, data[start : start + n])
+        start = _padded(start + n, ALIGNMENT)
+    if len(data) > start:
+        raise _refused("trailing-bytes", f"{len(data) - start} bytes follow the last tensor; copy or export it again")
+    return fields, tensors
 
 
 def write_gguf(path: str | Path, fields: Mapping[str, GgufField], tensors: Sequence[GgufTensor]) -> None:
@@ -163,20 +178,45 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def _refused(reason: str, text: str) -> LlamamemError:
+    return LlamamemError(text, reason=reason)
+
+
+def _read_whole(path: Path) -> bytes:
+    """At once, so that what is checked is what is used."""
+    try:
+        with path.open("rb") as file:
+            large = os.fstat(file.fileno()).st_size > _MAX_FILE
+            data = b"" if large else file.read(_MAX_FILE + 1)
+    except FileNotFoundError:
+        raise _refused("unreadable", "no such file; check the path") from None
+    except OSError as e:
+        raise _refused("unreadable", f"cannot be read ({e.strerror}); check the path") from None
+    if large or len(data) > _MAX_FILE:
+        raise _refused("too-large", f"is over {_MAX_FILE >> 20} MiB, which no sidecar is; is it the base model?")
+    return data
+
+
+def _padded(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
+
+
 class _Cursor:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.at = file, size, 0
+        self.what = "the header"  # that is being read, for messages
+
+    def _advance(self, n: int) -> None:
+        if n > self.size - self.at:
+            raise _refused("truncated", f"the file ends at byte {self.size}, inside of {self.what}: it is cut short")
+        self.at += n
 
     def skip(self, n: int) -> None:
-        self.at += n
-        if self.at > self.size:
-            raise _Damaged("the GGUF header is cut short or damaged")
+        self._advance(n)
         self.file.seek(self.at)
 
     def take(self, n: int) -> bytes:
-        if self.at + n > self.size:
-            raise _Damaged("the GGUF header is cut short or damaged")
-        self.at += n
+        self._advance(n)
         return self.file.read(n)
 
     def unpack(self, code: str) -> tuple[Any, ...]:
@@ -190,80 +230,120 @@ class _Cursor:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError:
-            raise _Damaged(f"{data[:40]!r} is not UTF-8 text") from None
+            raise _refused("not-utf8", f"{self.what} has a text that is not UTF-8: {_printable(data)}") from None
+
+
+def _printable(data: bytes) -> str:
+    return quoted(data[:81].decode("utf-8", "replace"))
 
 
 def _read_index(path: Path, at: _Cursor) -> GgufIndex:
+    n_tensors, n_fields = _read_counts(at)
+    fields = _read_fields(at, n_fields, strict=False)
+    alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise LlamamemError(f"key 'general.alignment' is {quoted(str(alignment))}, must be a power of two")
+    infos = _read_tensor_infos(at, n_tensors, alignment, strict=False)
+    return GgufIndex(path, fields, infos, _padded(at.at, alignment))
+
+
+def _read_counts(at: _Cursor) -> tuple[int, int]:
+    """The start of the file: how many tensors, how many keys."""
     magic = at.take(min(4, at.size))
     if magic != b"GGUF":
-        raise _Damaged(f"not a GGUF file (it starts with {magic!r})")
+        raise _refused("not-gguf", f"is not a GGUF file (it starts with {_printable(magic)})")
     version = at.number("I")
     if version != 3:
-        raise _Damaged(f"GGUF version {version} is not supported, 3 is")
+        raise _refused("gguf-version", f"GGUF version {version} is not supported, 3 is")
     n_tensors, n_fields = at.unpack("QQ")
-    if n_tensors > _MAX_TENSORS or n_fields > _MAX_FIELDS:
-        raise _Damaged(f"{n_fields} keys and {n_tensors} tensors: the GGUF header is damaged")
+    if n_tensors > _MAX_COUNT or n_fields > _MAX_COUNT:
+        raise _refused("gguf-count", f"{n_tensors} tensors and {n_fields} keys, at most {_MAX_COUNT} of each are read")
+    return n_tensors, n_fields
 
+
+def _read_fields(at: _Cursor, n: int, strict: bool) -> dict[str, GgufField]:
     fields: dict[str, GgufField] = {}
-    for _ in range(n_fields):
+    for i in range(n):
+        at.what = f"key {i + 1}"
         key = at.text()
+        at.what = f"key {quoted(key)}"
         if key in fields:
-            raise _Damaged(f"key '{key}' is there twice")
-        fields[key] = _read_field(at, key)
-    alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise _Damaged(f"key 'general.alignment' is {alignment!r}, must be a power of two")
-
-    tensors: dict[str, GgufTensorInfo] = {}
-    for _ in range(n_tensors):
-        info = _read_tensor_info(at)
-        if info.name in tensors:
-            raise _Damaged(f"tensor '{info.name}' is there twice")
-        if info.offset % alignment:
-            raise _Damaged(f"tensor '{info.name}' starts at {info.offset}, not aligned to {alignment} bytes")
-        tensors[info.name] = info
-    return GgufIndex(path, fields, list(tensors.values()), -(-at.at // alignment) * alignment)
+            raise _refused("key-duplicate", f"{at.what} is there twice")
+        fields[key] = _read_field(at, strict)
+    return fields
 
 
-def _read_field(at: _Cursor, key: str) -> GgufField:
-    kind = _value_type(at, key)
+def _read_field(at: _Cursor, strict: bool) -> GgufField:
+    kind = _value_type(at)
     if kind == GGUFValueType.STRING:
         return GgufField(kind, at.text())
     if kind != GGUFValueType.ARRAY:
         return GgufField(kind, at.number(_SCALARS[kind]))
-    item, n = _value_type(at, key), at.number("Q")
+    item = _value_type(at)
     if item == GGUFValueType.ARRAY:
-        raise _Damaged(f"key '{key}' is an array of arrays")
+        raise _refused("gguf-type", f"{at.what} is an array of arrays")
+    n = at.number("Q")
     if item == GGUFValueType.STRING:
-        for _ in range(n):
-            at.skip(at.number("Q"))
+        for _ in range(n):  # each takes some bytes of the file, whatever n is
+            if strict:
+                at.text()
+            else:
+                at.skip(at.number("Q"))
         return GgufField(kind, None)
-    size = struct.calcsize(_SCALARS[item])
     if n > _LONGEST_KEPT:
-        at.skip(n * size)
+        at.skip(n * struct.calcsize(_SCALARS[item]))
         return GgufField(kind, None)
     return GgufField(kind, list(at.unpack(f"{n}{_SCALARS[item]}")))
 
 
-def _value_type(at: _Cursor, key: str) -> GGUFValueType:
+def _value_type(at: _Cursor) -> GGUFValueType:
     number = at.number("I")
     try:
         return GGUFValueType(number)
     except ValueError:
-        raise _Damaged(f"key '{key}' has the unknown type {number}") from None
+        raise _refused("gguf-type", f"{at.what} has the unknown type {number}") from None
 
 
-def _read_tensor_info(at: _Cursor) -> GgufTensorInfo:
+def _read_tensor_infos(at: _Cursor, n: int, alignment: int, strict: bool) -> list[GgufTensorInfo]:
+    infos: list[GgufTensorInfo] = []
+    names: set[str] = set()
+    end = 0
+    for i in range(n):
+        at.what = f"tensor {i + 1}"
+        info = _read_tensor_info(at, names, strict)
+        if strict:
+            if info.offset != end:
+                raise _refused("tensor-offset", f"{at.what} is at offset {info.offset}, must be at {end}")
+            end = _padded(end + prod(info.shape) * TYPE_SIZE[info.type.name], alignment)
+        elif info.offset % alignment:
+            raise LlamamemError(f"{at.what} starts at {info.offset}, not aligned to {alignment} bytes")
+        names.add(info.name)
+        infos.append(info)
+    return infos
+
+
+def _read_tensor_info(at: _Cursor, names: set[str], strict: bool) -> GgufTensorInfo:
     name = at.text()
+    if strict and not 1 <= len(name.encode()) <= _MAX_NAME:
+        raise _refused(
+            "tensor-name",
+            f"{at.what}: its name has {len(name.encode())} bytes, 1 to {_MAX_NAME} are legal: {quoted(name)}",
+        )
+    at.what = f"tensor {quoted(name)}"
+    if name in names:
+        raise _refused("tensor-duplicate", f"{at.what} is there twice")
     n_dims = at.number("I")
     if not 1 <= n_dims <= 4:
-        raise _Damaged(f"tensor '{name}' has {n_dims} dimensions")
-    shape = tuple(reversed(at.unpack(f"{n_dims}Q")))
-    number, offset = at.unpack("IQ")
-    try:
-        kind = GGMLQuantizationType(number)
-    except ValueError:
-        raise _Damaged(f"tensor '{name}' has the unknown type {number}") from None
-    if 0 in shape or prod(shape) > 1 << 48:
-        raise _Damaged(f"tensor '{name}' has the impossible shape {list(shape)}")
-    return GgufTensorInfo(name, shape, kind, offset)
+        raise _refused("tensor-dims", f"{at.what} has {n_dims} dimensions, 1 to 4 are legal")
+    ne: list[int] = []
+    for _ in range(n_dims):
+        ne.append(at.number("Q"))
+        if ne[-1] == 0 or prod(ne) > _MAX_NUMEL:
+            raise _refused("tensor-dims", f"{at.what} has the impossible shape {[*reversed(ne)]}")
+    number = at.number("I")
+    kind = GGMLQuantizationType(number) if number in _GGML_TYPES else None
+    if kind is None or (strict and kind.name not in TYPE_SIZE):
+        raise _refused(
+            "tensor-type", f"{at.what} has type {kind.name if kind else number}; BF16, F16 and F32 are legal"
+        )
+    return GgufTensorInfo(name, tuple(reversed(ne)), kind, at.number("Q"))

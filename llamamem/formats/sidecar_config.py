@@ -7,10 +7,13 @@ it may change the maths.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.findings import quoted
 
 UPDATE_MODES = ("standard", "lambda_outside", "no_lambda")
 
@@ -74,61 +77,128 @@ INERT: dict[type, set[str]] = {
     bool: {"memory_reader_read_only", "rwkv_ms_detach_read_scores"},
 }  # fmt: skip
 
+MAX_JSON = 16 << 20  # bytes
+MAX_DEPTH = 8
+
 _F32_MAX = 3.4028234663852886e38  # the runtime computes in fp32; false for NaN too
 _EXPECTED = {float: "a finite number", str: "a string", bool: "true or false"}
+_LONE_SURROGATE = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
 
 
 def parse_json(where: str, text: str) -> Any:
-    """JSON with no duplicate keys and no NaN. `where` names the text in errors."""
+    """JSON within the bounds of docs/sidecar.md. `where` names the text in errors."""
+    data = text.encode("utf-8", "replace")
+    if len(data) > MAX_JSON:
+        raise LlamamemError(f"{where}: {len(data)} bytes of JSON, at most {MAX_JSON} are read", reason="json-size")
+    if _is_deep(data):
+        raise LlamamemError(f"{where}: JSON is nested deeper than {MAX_DEPTH} levels", reason="json-depth")
+    twice: list[str] = []
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise LlamamemError(f"{where}: key '{twice}' is there twice")
+        if len(result) != len(pairs) and not twice:
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    twice.append(name)
+                seen.add(name)
         return result
 
-    def refuse(constant: str) -> None:
-        raise LlamamemError(f"{where}: {constant} is not JSON")
-
     try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        raise LlamamemError(f"{where}: not valid JSON") from None
+        value = json.loads(
+            text, object_pairs_hook=members, parse_int=_integer, parse_float=_real, parse_constant=_constant
+        )
+    except (ValueError, RecursionError) as e:
+        at = f" ({e.msg} at character {e.pos})" if isinstance(e, json.JSONDecodeError) else ""
+        raise LlamamemError(f"{where}: not valid JSON{at}", reason="json-invalid") from None
+    # of an escaped backslash nothing is left that could look like the escape of a surrogate
+    if _LONE_SURROGATE.search(text.replace("\\\\", "__")):
+        raise LlamamemError(f"{where}: not valid JSON (half a surrogate pair)", reason="json-invalid")
+    if twice:
+        raise LlamamemError(f"{where}: member {quoted(twice[0])} is there twice", reason="json-duplicate")
+    return value
 
 
-def check_config(where: str, config: Mapping[str, Any]) -> None:
-    """Refuses a key that is unknown and a value that is not implemented."""
+def _is_deep(data: bytes) -> bool:
+    """Counts brackets outside of strings: a parser must not be trusted with the depth before that is known."""
+    depth, inside, escaped = 0, False, False
+    for byte in data:
+        if inside:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:  # backslash
+                escaped = True
+            elif byte == 0x22:  # quotation mark
+                inside = False
+        elif byte == 0x22:
+            inside = True
+        elif byte in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        elif byte in b"]}":
+            depth -= 1
+    return False
+
+
+def _integer(text: str) -> int | float:
+    """An integer of 64 bits, signed or unsigned; what does not fit is a float, as in the runtime."""
+    if len(text) <= 20 and -(1 << 63) <= int(text) < 1 << 64:
+        return int(text)
+    return _real(text)
+
+
+def _real(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:20]}... is too large")
+    return value
+
+
+def _constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def config_faults(where: str, config: Mapping[str, Any]) -> Iterator[LlamamemError]:
+    """Each member that is unknown or not implemented, in the order of their names' bytes."""
     inert = {key: kind for kind, keys in INERT.items() for key in keys}
-    for key, value in config.items():
+    for key, value in sorted(config.items()):
         if key in FIXED:
             want = FIXED[key]
             if not _same(value, want):
-                raise LlamamemError(
-                    f"{where}: {key} is {json.dumps(value)}, but only {json.dumps(want)} is implemented; "
-                    "export a checkpoint without it"
+                yield LlamamemError(
+                    f"{where}: {key} is {_shown(value)}, but only {json.dumps(want)} is implemented; "
+                    "export a checkpoint without it",
+                    reason="config-unsupported",
                 )
         elif key in inert:
             if not _is(inert[key], value):
-                raise LlamamemError(f"{where}: {key} is {json.dumps(value)}, must be {_EXPECTED[inert[key]]}")
+                yield _impossible(where, key, value, _EXPECTED[inert[key]])
         elif key not in READ:
-            raise LlamamemError(f"{where}: unknown key '{key}': it may change the maths, so this version refuses it")
+            yield LlamamemError(
+                f"{where}: unknown member {quoted(key)}: it may change the maths, so it needs a newer version",
+                reason="config-unknown",
+            )
+
+
+def check_config(where: str, config: Mapping[str, Any]) -> None:
+    """Refuses a member that is unknown and a value that is not implemented."""
+    for fault in config_faults(where, config):
+        raise fault
 
 
 def integer(where: str, obj: Mapping[str, Any], key: str, low: int, high: int) -> int:
     """An integer of a JSON object, low <= value <= high."""
     value = _present(where, obj, key)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise LlamamemError(f"{where}: {key} is {json.dumps(value)}, must be an integer from {low} to {high}")
+        raise _impossible(where, key, value, f"an integer from {low} to {high}")
     return value
 
 
 def number(where: str, obj: Mapping[str, Any], key: str) -> float:
-    """A finite number of a JSON object."""
+    """A finite number of a JSON object, within the range of f32."""
     value = _present(where, obj, key)
     if not _is(float, value):
-        raise LlamamemError(f"{where}: {key} is {json.dumps(value)}, must be {_EXPECTED[float]}")
+        raise _impossible(where, key, value, _EXPECTED[float])
     return float(value)
 
 
@@ -136,22 +206,44 @@ def boolean(where: str, obj: Mapping[str, Any], key: str) -> bool:
     """A truth value of a JSON object."""
     value = _present(where, obj, key)
     if not isinstance(value, bool):
-        raise LlamamemError(f"{where}: {key} is {json.dumps(value)}, must be {_EXPECTED[bool]}")
+        raise _impossible(where, key, value, _EXPECTED[bool])
     return value
 
 
 def choice(where: str, obj: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
     """One of a few strings of a JSON object."""
     value = _present(where, obj, key)
-    if value not in allowed or not isinstance(value, str):
-        raise LlamamemError(f"{where}: {key} is {json.dumps(value)}, but only {', '.join(allowed)} is implemented")
+    if not isinstance(value, str):
+        raise _impossible(where, key, value, _EXPECTED[str])
+    if value not in allowed:
+        raise LlamamemError(
+            f"{where}: {key} is {_shown(value)}, but only {', '.join(allowed)} is implemented",
+            reason="config-unsupported",
+        )
     return value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two lists of a JSON text are equal, where a truth value is no number."""
+    if not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
+        return False
+    return all(isinstance(x, bool) == isinstance(y, bool) and x == y for x, y in zip(a, b, strict=True))
 
 
 def _present(where: str, obj: Mapping[str, Any], key: str) -> Any:
     if key not in obj:
-        raise LlamamemError(f"{where}: key '{key}' is missing")
+        raise LlamamemError(f"{where}: {key} is missing", reason="config-missing")
     return obj[key]
+
+
+def _impossible(where: str, key: str, value: Any, want: str) -> LlamamemError:
+    return LlamamemError(f"{where}: {key} is {_shown(value)}, must be {want}", reason="config-value")
+
+
+def _shown(value: Any) -> str:
+    """Untrusted JSON for a message: ASCII, at most 80 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _is(kind: type, value: Any) -> bool:

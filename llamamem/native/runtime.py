@@ -33,7 +33,7 @@ from llamamem.native.bindings import (
 )
 from llamamem.reference.oracle import FEATURES, HEADS, UPDATE_MODES, LayerTrace, MemoryShape
 
-__all__ = ["Context", "Model", "State", "eval_layer", "load_library", "log_lines"]
+__all__ = ["Context", "Model", "State", "eval_layer", "load_library", "loader_refusal", "log_lines"]
 
 Floats = NDArray[np.float32]
 
@@ -399,6 +399,17 @@ def eval_layer(
     if features is not None:
         return {**result, "raw_read": columns["raw_read"]}
     return {**result, **columns, "final_prev": prev, **{f"delta_{head}": d for head, d in deltas.items()}}
+
+
+def loader_refusal(path: str | os.PathLike[str], *, library: Library | None = None) -> str | None:
+    """The line with which the runtime's own loader refuses a sidecar, whatever its base; None if it loads."""
+    library = library or loaded_library()
+    err = ctypes.create_string_buffer(N_ERR)
+    sidecar = library.function("llama_rwkv_ms_sidecar_init")(os.fsencode(path), None, err, N_ERR)
+    if not sidecar:
+        return err.value.decode("utf-8", "replace")
+    library.function("llama_rwkv_ms_sidecar_free")(sidecar)
+    return None
 
 
 def _readable(path: str | os.PathLike[str], what: str) -> Path:

@@ -1,165 +1,139 @@
 #include "llama-rwkv-ms-config.h"
 
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <set>
-#include <stdexcept>
+#include <vector>
 
 using json = nlohmann::json;
 
 static const size_t RWKV_MS_JSON_MAX_SIZE  = 16u << 20; // bytes
 static const int    RWKV_MS_JSON_MAX_DEPTH = 8;
 
-void llama_rwkv_ms_fail(const char * format, ...) {
-    char buf[1024];
-
-    va_list args;
-    va_start(args, format);
-    vsnprintf(buf, sizeof(buf), format, args);
-    va_end(args);
-
-    throw std::runtime_error(buf);
-}
-
-std::string llama_rwkv_ms_quote(const std::string & text) {
-    const size_t n_max = 80;
-
-    std::string res = "'";
-    for (size_t i = 0; i < text.size() && i < n_max; ++i) {
-        const unsigned char c = text[i];
-        res += c >= 0x20 && c < 0x7f && c != '\'' ? (char) c : '?';
+// brackets outside of strings: of any text, before a parser sees it
+static int rwkv_ms_json_depth(std::string_view text) {
+    int  res       = 0;
+    int  depth     = 0;
+    bool in_string = false;
+    for (size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (c == '"') {
+            in_string = !in_string;
+        } else if (in_string) {
+            i += c == '\\' ? 1 : 0;
+        } else if (c == '[' || c == '{') {
+            res = std::max(res, ++depth);
+        } else if (c == ']' || c == '}') {
+            depth--;
+        }
     }
-    return res + (text.size() > n_max ? "...'" : "'");
+    return res;
 }
 
-json llama_rwkv_ms_json_parse(const std::string & what, const std::string & text) {
+json llama_rwkv_ms_json_parse(const char * key, std::string_view text, json::value_t type) {
     if (text.size() > RWKV_MS_JSON_MAX_SIZE) {
-        llama_rwkv_ms_fail("%s: %zu bytes of JSON, at most %zu are read", what.c_str(), text.size(), RWKV_MS_JSON_MAX_SIZE);
+        llama_rwkv_ms_fail("json-size", "key 'delta_mem.%s' has %zu bytes of JSON, at most %zu are read", key, text.size(), RWKV_MS_JSON_MAX_SIZE);
+    }
+    if (rwkv_ms_json_depth(text) > RWKV_MS_JSON_MAX_DEPTH) {
+        llama_rwkv_ms_fail("json-depth", "key 'delta_mem.%s' has JSON that is nested deeper than %d levels", key, RWKV_MS_JSON_MAX_DEPTH);
     }
 
-    std::vector<std::set<std::string>> keys; // of the open objects: JSON would let a later duplicate win
+    std::vector<std::set<std::string>> members; // of the open objects: the parser would let a later duplicate win
 
-    // the callback's depth counts differ between start and end of a value, ours does not
-    int depth = 0;
+    bool        is_twice = false;
+    std::string twice;
 
     const auto callback = [&](int, json::parse_event_t event, json & parsed) {
-        switch (event) {
-            case json::parse_event_t::object_start:
-                keys.emplace_back();
-                depth++;
-                break;
-            case json::parse_event_t::array_start:
-                depth++;
-                break;
-            case json::parse_event_t::object_end:
-                keys.pop_back();
-                depth--;
-                break;
-            case json::parse_event_t::array_end:
-                depth--;
-                break;
-            case json::parse_event_t::key:
-                if (!keys.back().insert(parsed.get_ref<const std::string &>()).second) {
-                    llama_rwkv_ms_fail("%s: key %s is there twice", what.c_str(), llama_rwkv_ms_quote(parsed.get<std::string>()).c_str());
-                }
-                break;
-            case json::parse_event_t::value:
-                break;
-        }
-        if (depth > RWKV_MS_JSON_MAX_DEPTH) {
-            llama_rwkv_ms_fail("%s: JSON is nested deeper than %d levels", what.c_str(), RWKV_MS_JSON_MAX_DEPTH);
+        if (event == json::parse_event_t::object_start) {
+            members.emplace_back();
+        } else if (event == json::parse_event_t::object_end) {
+            members.pop_back();
+        } else if (event == json::parse_event_t::key && !is_twice) {
+            twice    = parsed.get<std::string>();
+            is_twice = !members.back().insert(twice).second;
         }
         return true;
     };
 
-    json res = json::parse(text, callback, /*allow_exceptions =*/false);
+    // the parser passes over a byte order mark, and takes a NUL for the end
+    const bool is_odd = text.substr(0, 3) == "\xef\xbb\xbf" || text.find('\0') != std::string_view::npos;
+
+    json res = is_odd ? json(json::value_t::discarded) : json::parse(text, callback, /*allow_exceptions =*/false);
     if (res.is_discarded()) {
-        llama_rwkv_ms_fail("%s: not valid JSON", what.c_str());
+        llama_rwkv_ms_fail("json-invalid", "key 'delta_mem.%s' is not valid JSON", key);
+    }
+    if (is_twice) {
+        llama_rwkv_ms_fail("json-duplicate", "key 'delta_mem.%s' has JSON with the member %s twice", key, llama_rwkv_ms_quote(twice).c_str());
+    }
+    if (res.type() != type) {
+        llama_rwkv_ms_fail("json-type", "key 'delta_mem.%s' must be a JSON %s", key, type == json::value_t::object ? "object" : "list");
     }
     return res;
 }
 
-static const json & rwkv_ms_json_at(const std::string & what, const json & obj, const char * key) {
-    if (!obj.is_object()) {
-        llama_rwkv_ms_fail("%s: must be a JSON object", what.c_str());
-    }
-    const auto it = obj.find(key);
-    if (it == obj.end()) {
-        llama_rwkv_ms_fail("%s: key '%s' is missing", what.c_str(), key);
-    }
-    return *it;
-}
-
-static std::string rwkv_ms_json_text(const json & value) {
+std::string llama_rwkv_ms_json_text(const json & value) {
     return llama_rwkv_ms_quote(value.dump(-1, ' ', /*ensure_ascii =*/true, json::error_handler_t::replace));
 }
 
-static int64_t rwkv_ms_json_to_int(const std::string & what, const json & value, int64_t min, int64_t max) {
+const json * llama_rwkv_ms_json_find(const json & obj, const char * key) {
+    const auto it = obj.is_object() ? obj.find(key) : obj.end();
+    return it == obj.end() ? nullptr : &*it;
+}
+
+bool llama_rwkv_ms_json_is_int(const json & value, int64_t min, int64_t max) {
     // unsigned values above INT64_MAX would wrap in get<int64_t>
     const bool is_int = value.is_number_unsigned() ? value.get<uint64_t>() <= (uint64_t) INT64_MAX : value.is_number_integer();
-    if (!is_int || value.get<int64_t>() < min || value.get<int64_t>() > max) {
-        llama_rwkv_ms_fail("%s is %s, must be an integer from %lld to %lld", what.c_str(), rwkv_ms_json_text(value).c_str(),
-                (long long) min, (long long) max);
+    return is_int && value.get<int64_t>() >= min && value.get<int64_t>() <= max;
+}
+
+//
+// members of config_json
+//
+
+static const json & rwkv_ms_config_at(const json & config, const char * key) {
+    const json * res = llama_rwkv_ms_json_find(config, key);
+    if (!res) {
+        llama_rwkv_ms_fail("config-missing", "config_json: %s is missing", key);
+    }
+    return *res;
+}
+
+int64_t llama_rwkv_ms_config_int(const json & config, const char * key, int64_t min, int64_t max) {
+    const json & value = rwkv_ms_config_at(config, key);
+    if (!llama_rwkv_ms_json_is_int(value, min, max)) {
+        llama_rwkv_ms_fail("config-value", "config_json: %s is %s, must be an integer from %lld to %lld", key,
+                llama_rwkv_ms_json_text(value).c_str(), (long long) min, (long long) max);
     }
     return value.get<int64_t>();
 }
 
-int64_t llama_rwkv_ms_json_int(const std::string & what, const json & obj, const char * key, int64_t min, int64_t max) {
-    return rwkv_ms_json_to_int(what + ": " + key, rwkv_ms_json_at(what, obj, key), min, max);
-}
-
-double llama_rwkv_ms_json_num(const std::string & what, const json & obj, const char * key) {
-    const json & value = rwkv_ms_json_at(what, obj, key);
-    if (!value.is_number() || !std::isfinite(value.get<double>())) {
-        llama_rwkv_ms_fail("%s: %s is %s, must be a finite number", what.c_str(), key, rwkv_ms_json_text(value).c_str());
+double llama_rwkv_ms_config_num(const json & config, const char * key) {
+    const json & value = rwkv_ms_config_at(config, key);
+    if (!value.is_number() || !(std::fabs(value.get<double>()) <= FLT_MAX)) {
+        llama_rwkv_ms_fail("config-value", "config_json: %s is %s, must be a number that fits f32", key, llama_rwkv_ms_json_text(value).c_str());
     }
     return value.get<double>();
 }
 
-bool llama_rwkv_ms_json_bool(const std::string & what, const json & obj, const char * key) {
-    const json & value = rwkv_ms_json_at(what, obj, key);
+bool llama_rwkv_ms_config_bool(const json & config, const char * key) {
+    const json & value = rwkv_ms_config_at(config, key);
     if (!value.is_boolean()) {
-        llama_rwkv_ms_fail("%s: %s is %s, must be true or false", what.c_str(), key, rwkv_ms_json_text(value).c_str());
+        llama_rwkv_ms_fail("config-value", "config_json: %s is %s, must be true or false", key, llama_rwkv_ms_json_text(value).c_str());
     }
     return value.get<bool>();
 }
 
-std::string llama_rwkv_ms_json_str(const std::string & what, const json & obj, const char * key) {
-    const json & value = rwkv_ms_json_at(what, obj, key);
+std::string llama_rwkv_ms_config_str(const json & config, const char * key) {
+    const json & value = rwkv_ms_config_at(config, key);
     if (!value.is_string()) {
-        llama_rwkv_ms_fail("%s: %s is %s, must be a string", what.c_str(), key, rwkv_ms_json_text(value).c_str());
+        llama_rwkv_ms_fail("config-value", "config_json: %s is %s, must be a string", key, llama_rwkv_ms_json_text(value).c_str());
     }
     return value.get<std::string>();
 }
 
-std::vector<int64_t> llama_rwkv_ms_json_ints(const std::string & what, const json & arr, int64_t min, int64_t max) {
-    if (!arr.is_array()) {
-        llama_rwkv_ms_fail("%s must be a list of integers", what.c_str());
-    }
-    std::vector<int64_t> res;
-    for (const auto & value : arr) {
-        res.push_back(rwkv_ms_json_to_int(what + ": an entry", value, min, max));
-    }
-    return res;
-}
-
-std::vector<std::string> llama_rwkv_ms_json_strs(const std::string & what, const json & arr) {
-    if (!arr.is_array()) {
-        llama_rwkv_ms_fail("%s must be a list of strings", what.c_str());
-    }
-    std::vector<std::string> res;
-    for (const auto & value : arr) {
-        if (!value.is_string()) {
-            llama_rwkv_ms_fail("%s: an entry is %s, must be a string", what.c_str(), rwkv_ms_json_text(value).c_str());
-        }
-        res.push_back(value.get<std::string>());
-    }
-    return res;
-}
-
 //
-// the allow-list of config_json
+// the allow-list of config_json [TAG_RWKV_MS_CONFIG]
 //
 
 // read by the loader
@@ -270,12 +244,6 @@ static const std::set<std::string> rwkv_ms_config_inert_bool = {
 };
 
 void llama_rwkv_ms_config_check(const json & config) {
-    const std::string what = "config_json";
-
-    if (!config.is_object()) {
-        llama_rwkv_ms_fail("%s: must be a JSON object", what.c_str());
-    }
-
     const json & fixed = rwkv_ms_config_fixed();
 
     for (const auto & item : config.items()) {
@@ -286,17 +254,17 @@ void llama_rwkv_ms_config_check(const json & config) {
             const json & want = fixed.at(key);
             // 1.0 where 1 is wanted is another type, 1 where 1.0 is wanted is not
             if (value != want || (want.is_number_integer() && !value.is_number_integer())) {
-                llama_rwkv_ms_fail("%s: %s is %s, but only %s is implemented: export a checkpoint without it", what.c_str(), key.c_str(),
-                        rwkv_ms_json_text(value).c_str(), rwkv_ms_json_text(want).c_str());
+                llama_rwkv_ms_fail("config-unsupported", "config_json: %s is %s, but only %s is implemented: export a checkpoint without it",
+                        key.c_str(), llama_rwkv_ms_json_text(value).c_str(), llama_rwkv_ms_json_text(want).c_str());
             }
         } else if (rwkv_ms_config_inert_num.count(key)) {
-            llama_rwkv_ms_json_num(what, config, key.c_str());
+            llama_rwkv_ms_config_num(config, key.c_str());
         } else if (rwkv_ms_config_inert_str.count(key)) {
-            llama_rwkv_ms_json_str(what, config, key.c_str());
+            llama_rwkv_ms_config_str(config, key.c_str());
         } else if (rwkv_ms_config_inert_bool.count(key)) {
-            llama_rwkv_ms_json_bool(what, config, key.c_str());
+            llama_rwkv_ms_config_bool(config, key.c_str());
         } else if (!rwkv_ms_config_read.count(key)) {
-            llama_rwkv_ms_fail("%s: unknown key %s: it may change the maths, so the sidecar needs a newer build", what.c_str(),
+            llama_rwkv_ms_fail("config-unknown", "config_json: unknown member %s: it may change the maths, so the sidecar needs a newer build",
                     llama_rwkv_ms_quote(key).c_str());
         }
     }

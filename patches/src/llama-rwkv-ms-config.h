@@ -1,55 +1,50 @@
 #pragma once
 
-// The JSON texts of a sidecar: they come from a file that may be hostile, so size, depth and types are bounded here.
-// All functions throw std::runtime_error with one line.
+// The JSON texts of a sidecar, and what of config_json is implemented: the file may be hostile, so size, depth and types
+// are bounded here.
 
-#include "llama-impl.h"
+#include "llama-rwkv-ms-gguf.h"
 
 #include <nlohmann/json.hpp>
 
 #include <cstdint>
 #include <string>
-#include <vector>
+#include <string_view>
 
-struct gguf_context;
-struct llama_rwkv_ms_sidecar;
+// the value of key 'delta_mem.{key}', an object or a list as asked for
+nlohmann::json llama_rwkv_ms_json_parse(const char * key, std::string_view text, nlohmann::json::value_t type);
 
-LLAMA_ATTRIBUTE_FORMAT(1, 2)
-[[noreturn]] void llama_rwkv_ms_fail(const char * format, ...);
+// untrusted JSON for a message
+std::string llama_rwkv_ms_json_text(const nlohmann::json & value);
 
-// untrusted text for a message: printable, short, in quotes
-std::string llama_rwkv_ms_quote(const std::string & text);
+// nullptr if obj is no object or has no such member
+const nlohmann::json * llama_rwkv_ms_json_find(const nlohmann::json & obj, const char * key);
 
-// what is the name of the text in messages
-nlohmann::json llama_rwkv_ms_json_parse(const std::string & what, const std::string & text);
+bool llama_rwkv_ms_json_is_int(const nlohmann::json & value, int64_t min, int64_t max);
 
-// members of an object, with their type and range checked; what names the object
-int64_t                  llama_rwkv_ms_json_int(const std::string & what, const nlohmann::json & obj, const char * key, int64_t min, int64_t max);
-double                   llama_rwkv_ms_json_num(const std::string & what, const nlohmann::json & obj, const char * key);
-bool                     llama_rwkv_ms_json_bool(const std::string & what, const nlohmann::json & obj, const char * key);
-std::string              llama_rwkv_ms_json_str(const std::string & what, const nlohmann::json & obj, const char * key);
-std::vector<int64_t>     llama_rwkv_ms_json_ints(const std::string & what, const nlohmann::json & arr, int64_t min, int64_t max);
-std::vector<std::string> llama_rwkv_ms_json_strs(const std::string & what, const nlohmann::json & arr);
+// members of config_json that must be there
+int64_t     llama_rwkv_ms_config_int(const nlohmann::json & config, const char * key, int64_t min, int64_t max);
+double      llama_rwkv_ms_config_num(const nlohmann::json & config, const char * key); // fits f32
+bool        llama_rwkv_ms_config_bool(const nlohmann::json & config, const char * key);
+std::string llama_rwkv_ms_config_str(const nlohmann::json & config, const char * key);
 
-// Refuses every key of config_json that is not known, and every value that changes the maths and is not implemented.
-// Keys that are parameters of the memory are left to the caller.
+// Refuses every member of config_json that is not known, and every value that changes the maths and is not implemented.
+// Members that are parameters of the memory are left to the caller.
 void llama_rwkv_ms_config_check(const nlohmann::json & config);
+
+struct llama_rwkv_ms_sidecar;
 
 // what the file says about its tensors
 struct llama_rwkv_ms_manifest {
-    nlohmann::json entries;
+    nlohmann::json entries; // a list
 
     uint32_t n_tensors = 0;
     uint64_t n_numel   = 0;
     uint64_t n_bytes   = 0;
 };
 
-// fills in what the key-value pairs say: everything but the file's hash, n_embd, hparams.n_lora and the tensors
-llama_rwkv_ms_manifest llama_rwkv_ms_sidecar_read_keys(const gguf_context * gguf, llama_rwkv_ms_sidecar & res);
+// fills in what the keys say: everything but the file's hash, n_embd, hparams.n_lora and the tensors
+llama_rwkv_ms_manifest llama_rwkv_ms_sidecar_read_keys(const llama_rwkv_ms_gguf & gguf, llama_rwkv_ms_sidecar & res);
 
-// fills in the rest; file is the whole file
-void llama_rwkv_ms_sidecar_read_tensors(
-        const gguf_context *           gguf,
-        const std::vector<uint8_t> &   file,
-        const llama_rwkv_ms_manifest & manifest,
-        llama_rwkv_ms_sidecar &        res);
+// fills in n_embd, hparams.n_lora and the tensors
+void llama_rwkv_ms_sidecar_read_tensors(const llama_rwkv_ms_gguf & gguf, const llama_rwkv_ms_manifest & manifest, llama_rwkv_ms_sidecar & res);

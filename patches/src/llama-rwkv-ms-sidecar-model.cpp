@@ -6,17 +6,17 @@
 
 #include <stdexcept>
 
-static void rwkv_ms_check_layer(const llama_rwkv_ms_sidecar & sidecar, const llama_rwkv_ms_sidecar::layer & layer, const llama_model & model) {
+static void rwkv_ms_check_shape(const llama_rwkv_ms_sidecar::layer & layer, const llama_model & model) {
     const auto & hparams = model.hparams;
 
     if ((uint32_t) layer.il >= hparams.n_layer()) {
-        llama_rwkv_ms_fail("target layer %d is out of range, the base has %u layers", layer.il, hparams.n_layer());
+        llama_rwkv_ms_fail("base-shape", "target layer %d is out of range, the base has %u layers", layer.il, hparams.n_layer());
     }
 
     const uint32_t il = layer.il;
 
     if (layer.is_swa != hparams.is_swa(il)) {
-        llama_rwkv_ms_fail("per_layer_attention_json: layer %u is %s attention, but the base has %s there", il,
+        llama_rwkv_ms_fail("base-shape", "per_layer_attention_json: layer %u is %s attention, but the base has %s there", il,
                 layer.is_swa ? "sliding" : "full",
                 hparams.is_swa(il) ? "sliding" : "full");
     }
@@ -31,42 +31,47 @@ static void rwkv_ms_check_layer(const llama_rwkv_ms_sidecar & sidecar, const lla
     };
 
     for (int h = 0; h < 4; ++h) {
-        const bool is_kv = h == 1 || h == 2;
-
-        if (is_kv && !hparams.has_kv(il)) {
-            // the projection that the delta would go to does not exist
-            if (sidecar.head[h]) {
-                llama_rwkv_ms_fail("delta head %c is active on layer %u, which shares the keys and values of an earlier layer", "qkvo"[h], il);
-            }
-            continue;
-        }
-        if (layer.width[h] != widths[h]) {
-            llama_rwkv_ms_fail("per_layer_attention_json: %s of layer %u is %lld, but the base has %lld", names[h], il,
+        // a layer that shares the keys and values of an earlier one has no such projections
+        const bool is_absent = (h == 1 || h == 2) && !hparams.has_kv(il);
+        if (!is_absent && layer.width[h] != widths[h]) {
+            llama_rwkv_ms_fail("base-shape", "per_layer_attention_json: %s of layer %u is %lld, but the base has %lld", names[h], il,
                     (long long) layer.width[h], (long long) widths[h]);
         }
     }
+}
 
+static void rwkv_ms_check_heads(const llama_rwkv_ms_sidecar & sidecar, uint32_t il, const llama_model & model) {
+    if (!sidecar.head[1] && !sidecar.head[2]) {
+        return;
+    }
+    if (!model.hparams.has_kv(il)) {
+        llama_rwkv_ms_fail("base-heads", "delta head %c is active on layer %u, which shares the keys and values of an earlier layer",
+                sidecar.head[1] ? 'k' : 'v', il);
+    }
     // without a v projection the values are the keys: a delta of one would reach both
-    if ((sidecar.head[1] || sidecar.head[2]) && !model.layers[il].wqkv && !model.layers[il].wv) {
-        llama_rwkv_ms_fail("delta heads k and v are not implemented for layer %u, which has no v projection of its own", il);
+    if (!model.layers[il].wqkv && !model.layers[il].wv) {
+        llama_rwkv_ms_fail("base-heads", "delta heads k and v are not implemented for layer %u, which has no v projection of its own", il);
     }
 }
 
 void llama_rwkv_ms_sidecar_check_model(const llama_rwkv_ms_sidecar & sidecar, const llama_model & model) {
     try {
         if (model.arch != LLM_ARCH_GEMMA4) {
-            llama_rwkv_ms_fail("the base has architecture '%s', only 'gemma4' is supported", llm_arch_name(model.arch));
+            llama_rwkv_ms_fail("base-architecture", "the base has architecture '%s', only 'gemma4' is supported", llm_arch_name(model.arch));
         }
         const auto it = model.gguf_kv.find("split.count");
         if (it != model.gguf_kv.end() && it->second != "0" && it->second != "1") {
-            llama_rwkv_ms_fail("the base is split into %s files, but a sidecar is bound to one: merge them with llama-gguf-split --merge",
+            llama_rwkv_ms_fail("base-split", "the base is split into %s files, but a sidecar is bound to one: merge them with llama-gguf-split --merge",
                     it->second.c_str());
         }
         if ((int64_t) model.hparams.n_embd != sidecar.n_embd) {
-            llama_rwkv_ms_fail("the base has hidden size %u, the sidecar is for %lld", model.hparams.n_embd, (long long) sidecar.n_embd);
+            llama_rwkv_ms_fail("base-shape", "the base has hidden size %u, the sidecar is for %lld", model.hparams.n_embd, (long long) sidecar.n_embd);
         }
         for (const auto & layer : sidecar.layers) {
-            rwkv_ms_check_layer(sidecar, layer, model);
+            rwkv_ms_check_shape(layer, model);
+        }
+        for (const auto & layer : sidecar.layers) {
+            rwkv_ms_check_heads(sidecar, layer.il, model);
         }
     } catch (const std::exception & e) {
         throw std::runtime_error("sidecar '" + sidecar.path + "': " + e.what());

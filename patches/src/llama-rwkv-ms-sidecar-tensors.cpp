@@ -2,17 +2,13 @@
 #include "llama-rwkv-ms-sha256.h"
 #include "llama-rwkv-ms-sidecar.h"
 
-#include "gguf.h"
-
 #include <algorithm>
 #include <cctype>
 #include <cmath>
 #include <cstring>
-#include <iterator>
+#include <map>
 
 using json = nlohmann::json;
-
-static const int64_t RWKV_MS_MAX_COLS = 1 << 20;
 
 using rwkv_ms_shape = std::vector<int64_t>;
 
@@ -24,8 +20,14 @@ static std::string rwkv_ms_shape_text(const rwkv_ms_shape & shape) {
     return res + "]";
 }
 
+// some writers leave leading dimensions of 1 out
+static rwkv_ms_shape rwkv_ms_shape_plain(const rwkv_ms_shape & shape) {
+    const auto one = [](int64_t n) { return n == 1; };
+    return shape.empty() ? shape : rwkv_ms_shape(std::find_if_not(shape.begin(), shape.end() - 1, one), shape.end());
+}
+
 struct rwkv_ms_spec {
-    rwkv_ms_shape shape;    // torch order
+    rwkv_ms_shape shape;    // torch order, 0: not known, because the tensor that has it is missing
     bool          required;
     bool          used;     // by the maths
 };
@@ -88,174 +90,154 @@ static std::string rwkv_ms_source_name(int32_t il, const std::string & name) {
 }
 
 struct rwkv_ms_reader {
-    const std::vector<uint8_t> & file;
-    const gguf_context *         gguf;
+    std::map<std::string_view, const llama_rwkv_ms_gguf::tensor *> tensors; // that no layer has taken yet
+    std::map<std::string_view, const json *>                       manifest;
 
-    std::map<std::string, int64_t>      ids;      // tensors of the file
-    std::map<std::string, const json *> manifest;
+    rwkv_ms_reader(const llama_rwkv_ms_gguf & gguf, const llama_rwkv_ms_manifest & m);
 
-    // only what the API gives: trailing dimensions of 1 are not told apart
-    rwkv_ms_shape shape(int64_t id) const {
-        const int64_t * ne = gguf_get_tensor_ne(gguf, id);
-
-        int n_dims = GGML_MAX_DIMS;
-        while (n_dims > 1 && ne[n_dims - 1] == 1) {
-            n_dims--;
-        }
-        return rwkv_ms_shape(std::make_reverse_iterator(ne + n_dims), std::make_reverse_iterator(ne));
-    }
-
-    // columns of a matrix, before it is known what they must be
+    // columns of a matrix, before it is known what they must be; 0 if it is missing
     int64_t n_cols(const std::string & name) const {
-        const auto it = ids.find(name);
-        if (it == ids.end()) {
-            llama_rwkv_ms_fail("tensor '%s' is missing: export the sidecar again", name.c_str());
-        }
-        const int64_t n = gguf_get_tensor_ne(gguf, it->second)[0];
-        if (n < 1 || n > RWKV_MS_MAX_COLS) {
-            llama_rwkv_ms_fail("tensor '%s' has %lld columns, must be from 1 to %lld", name.c_str(), (long long) n, (long long) RWKV_MS_MAX_COLS);
-        }
-        return n;
+        const auto it = tensors.find(name);
+        return it == tensors.end() ? 0 : it->second->shape.back();
     }
 
-    const uint8_t * data(int64_t id) const {
-        return file.data() + gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id);
-    }
-
-    void                 index(const llama_rwkv_ms_manifest & m);
-    void                 check(const std::string & name, const std::string & source, const rwkv_ms_spec & spec) const;
-    llama_rwkv_ms_tensor load(const std::string & name, const rwkv_ms_spec & spec) const;
+    // empty if it is not there and need not be
+    llama_rwkv_ms_tensor take(int32_t il, const std::string & name, const rwkv_ms_spec & spec);
 };
 
-void rwkv_ms_reader::index(const llama_rwkv_ms_manifest & m) {
+rwkv_ms_reader::rwkv_ms_reader(const llama_rwkv_ms_gguf & gguf, const llama_rwkv_ms_manifest & m) {
     uint64_t n_numel = 0;
     uint64_t n_bytes = 0;
-    size_t   end     = gguf_get_data_offset(gguf);
-
-    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
-        const std::string name = gguf_get_tensor_name(gguf, i);
-        const ggml_type   type = gguf_get_tensor_type(gguf, i);
-        const size_t      size = gguf_get_tensor_size(gguf, i);
-        const size_t      offs = gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i);
-
-        if (!ids.emplace(name, i).second) {
-            llama_rwkv_ms_fail("tensor %s is there twice", llama_rwkv_ms_quote(name).c_str());
-        }
-        if (type != GGML_TYPE_BF16 && type != GGML_TYPE_F16 && type != GGML_TYPE_F32) {
-            llama_rwkv_ms_fail("tensor %s has type %s, must be bf16, f16 or f32: export the sidecar again",
-                    llama_rwkv_ms_quote(name).c_str(), ggml_type_name(type));
-        }
-        if (offs > file.size() || size > file.size() - offs) {
-            llama_rwkv_ms_fail("is truncated: tensor %s ends at byte %zu, the file has %zu: copy it again",
-                    llama_rwkv_ms_quote(name).c_str(), offs + size, file.size());
-        }
-        n_numel += size / ggml_type_size(type);
-        n_bytes += size;
-        end = std::max(end, offs + GGML_PAD(size, gguf_get_alignment(gguf)));
-    }
-    if (file.size() > end) {
-        llama_rwkv_ms_fail("has %zu bytes after its last tensor: copy or export it again", file.size() - end);
-    }
-    if (ids.size() != m.n_tensors || n_numel != m.n_numel || n_bytes != m.n_bytes) {
-        llama_rwkv_ms_fail("keys 'delta_mem.tensor_count', 'total_numel' and 'total_bytes' are %u, %llu and %llu, "
-                           "but the file has %zu, %llu and %llu",
-                m.n_tensors, (unsigned long long) m.n_numel, (unsigned long long) m.n_bytes,
-                ids.size(), (unsigned long long) n_numel, (unsigned long long) n_bytes);
+    for (const auto & tensor : gguf.tensors) {
+        tensors.emplace(tensor.name, &tensor);
+        n_numel += tensor.numel;
+        n_bytes += tensor.size;
     }
 
-    if (!m.entries.is_array()) {
-        llama_rwkv_ms_fail("tensor_manifest_json must be a list");
+    const struct {
+        const char * key;
+        uint64_t     in_key;
+        uint64_t     in_file;
+    } counts[] = {
+        { "tensor_count", m.n_tensors, tensors.size() },
+        { "total_numel", m.n_numel, n_numel },
+        { "total_bytes", m.n_bytes, n_bytes },
+    };
+    for (const auto & count : counts) {
+        if (count.in_key != count.in_file) {
+            llama_rwkv_ms_fail("disagree", "key 'delta_mem.%s' is %llu, but the file has %llu", count.key,
+                    (unsigned long long) count.in_key, (unsigned long long) count.in_file);
+        }
     }
+
     for (const auto & entry : m.entries) {
-        const std::string name = llama_rwkv_ms_json_str("tensor_manifest_json: an entry", entry, "name");
-        if (!ids.count(name) || !manifest.emplace(name, &entry).second) {
-            llama_rwkv_ms_fail("tensor_manifest_json: %s is there twice or is no tensor of the file", llama_rwkv_ms_quote(name).c_str());
+        const json * name = llama_rwkv_ms_json_find(entry, "name");
+        if (!name || !name->is_string()) {
+            llama_rwkv_ms_fail("manifest", "tensor_manifest_json: an entry has no name: %s", llama_rwkv_ms_json_text(entry).c_str());
+        }
+        const auto & text = name->get_ref<const std::string &>();
+        if (!tensors.count(text) || !manifest.emplace(text, &entry).second) {
+            llama_rwkv_ms_fail("manifest", "tensor_manifest_json: %s is there twice or is no tensor of the file", llama_rwkv_ms_quote(text).c_str());
         }
     }
 }
 
-void rwkv_ms_reader::check(const std::string & name, const std::string & source, const rwkv_ms_spec & spec) const {
-    const int64_t id   = ids.at(name);
-    const size_t  size = gguf_get_tensor_size(gguf, id);
+static void rwkv_ms_check_entry(const llama_rwkv_ms_gguf::tensor & tensor, const json & entry, const std::string & source) {
+    const std::string what = "tensor_manifest_json: " + std::string(tensor.name);
 
-    // [8, 1] and [8] are one shape to the file, the manifest tells them apart
-    rwkv_ms_shape want = spec.shape;
-    while (want.size() > 1 && want.front() == 1) {
-        want.erase(want.begin());
-    }
-    if (shape(id) != want) {
-        llama_rwkv_ms_fail("tensor '%s' has shape %s, must be %s", name.c_str(), rwkv_ms_shape_text(shape(id)).c_str(),
-                rwkv_ms_shape_text(spec.shape).c_str());
+    const json source_name = entry.value("source_name", json());
+    if (source_name != source) {
+        llama_rwkv_ms_fail("manifest", "%s: source_name is %s, must be '%s'", what.c_str(), llama_rwkv_ms_json_text(source_name).c_str(), source.c_str());
     }
 
-    const auto it = manifest.find(name);
-    if (it == manifest.end()) {
-        llama_rwkv_ms_fail("tensor '%s' is missing in tensor_manifest_json", name.c_str());
+    const json    shape = entry.value("shape", json());
+    rwkv_ms_shape dims;
+    for (const auto & n : shape.is_array() ? shape : json::array()) {
+        dims.push_back(llama_rwkv_ms_json_is_int(n, 1, INT64_MAX) ? n.get<int64_t>() : 0);
     }
-    const std::string what  = "tensor_manifest_json: " + name;
-    const json &      entry = *it->second;
-
-    if (llama_rwkv_ms_json_str(what, entry, "source_name") != source) {
-        llama_rwkv_ms_fail("%s: source_name must be '%s'", what.c_str(), source.c_str());
-    }
-    if (!entry.contains("shape") || llama_rwkv_ms_json_ints(what + ": shape", entry.at("shape"), 0, INT64_MAX) != spec.shape) {
-        llama_rwkv_ms_fail("%s: shape must be %s", what.c_str(), rwkv_ms_shape_text(spec.shape).c_str());
+    if (rwkv_ms_shape_plain(dims) != rwkv_ms_shape_plain(tensor.shape)) {
+        llama_rwkv_ms_fail("manifest", "%s: shape is %s, must be %s", what.c_str(), llama_rwkv_ms_json_text(shape).c_str(),
+                rwkv_ms_shape_text(tensor.shape).c_str());
     }
 
-    std::string type = llama_rwkv_ms_json_str(what, entry, "gguf_type");
-    type             = type.substr(type.rfind('.') + 1); // an enum's name may stand before it
-    for (char & c : type) {
+    const json  type = entry.value("gguf_type", json());
+    std::string name = type.is_string() ? type.get<std::string>() : "";
+    name             = name.substr(name.rfind('.') + 1); // an enum's name may stand before it
+    for (char & c : name) {
         c = (char) tolower((unsigned char) c);
     }
-    if (type != ggml_type_name(gguf_get_tensor_type(gguf, id))) {
-        llama_rwkv_ms_fail("%s: gguf_type is %s, but the tensor is %s", what.c_str(), llama_rwkv_ms_quote(type).c_str(),
-                ggml_type_name(gguf_get_tensor_type(gguf, id)));
-    }
-    if ((size_t) llama_rwkv_ms_json_int(what, entry, "bytes", 0, INT64_MAX) != size ||
-            (size_t) llama_rwkv_ms_json_int(what, entry, "numel", 0, INT64_MAX) != size / ggml_type_size(gguf_get_tensor_type(gguf, id))) {
-        llama_rwkv_ms_fail("%s: bytes and numel do not match the tensor's %zu bytes", what.c_str(), size);
+    if (name != ggml_type_name(tensor.type)) {
+        llama_rwkv_ms_fail("manifest", "%s: gguf_type is %s, but the tensor is %s", what.c_str(), llama_rwkv_ms_json_text(type).c_str(),
+                ggml_type_name(tensor.type));
     }
 
-    const std::string sha = llama_rwkv_ms_sha256::hex(llama_rwkv_ms_sha256::hash(data(id), size));
-    if (llama_rwkv_ms_json_str(what, entry, "sha256_raw") != sha) {
-        llama_rwkv_ms_fail("tensor '%s' has SHA-256 %s, which is not the manifest's sha256_raw: the file is damaged, copy it again",
-                name.c_str(), sha.c_str());
+    const auto is = [&](const char * key, uint64_t want) {
+        return llama_rwkv_ms_json_is_int(entry.value(key, json()), (int64_t) want, (int64_t) want);
+    };
+    if (!is("numel", tensor.numel) || !is("bytes", tensor.size)) {
+        llama_rwkv_ms_fail("manifest", "%s: numel and bytes must be %llu and %zu", what.c_str(), (unsigned long long) tensor.numel, tensor.size);
     }
+
+    const json sha_want = entry.value("sha256_raw", json());
+    if (!sha_want.is_string()) {
+        llama_rwkv_ms_fail("manifest", "%s: sha256_raw is %s, must be a string", what.c_str(), llama_rwkv_ms_json_text(sha_want).c_str());
+    }
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION // a fuzzer finds no hash
+    const std::string sha = llama_rwkv_ms_sha256::hex(llama_rwkv_ms_sha256::hash(tensor.data, tensor.size));
+    if (sha_want != sha) {
+        llama_rwkv_ms_fail("tensor-hash", "tensor '%s' has SHA-256 %s, which is not the manifest's sha256_raw: the file is damaged, copy it again",
+                std::string(tensor.name).c_str(), sha.c_str());
+    }
+#endif
 }
 
-llama_rwkv_ms_tensor rwkv_ms_reader::load(const std::string & name, const rwkv_ms_spec & spec) const {
-    const int64_t   id   = ids.at(name);
-    const ggml_type type = gguf_get_tensor_type(gguf, id);
-    const size_t    n    = gguf_get_tensor_size(gguf, id) / ggml_type_size(type);
-    const uint8_t * src  = data(id);
-
-    llama_rwkv_ms_tensor res;
-    res.shape = spec.shape;
-    res.data.resize(n);
-
-    // memcpy: the data of the file has no alignment in memory
-    for (size_t i = 0; i < n; ++i) {
-        if (type == GGML_TYPE_F32) {
-            memcpy(&res.data[i], src + 4 * i, 4);
+static std::vector<float> rwkv_ms_read_values(const llama_rwkv_ms_gguf::tensor & tensor) {
+    std::vector<float> res(tensor.numel);
+    for (size_t i = 0; i < res.size(); ++i) {
+        if (tensor.type == GGML_TYPE_F32) {
+            memcpy(&res[i], tensor.data + 4 * i, 4);
         } else {
             uint16_t x;
-            memcpy(&x, src + 2 * i, 2);
-            res.data[i] = type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(x) : ggml_bf16_to_fp32(ggml_bf16_t{ x });
+            memcpy(&x, tensor.data + 2 * i, 2);
+            res[i] = tensor.type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(x) : ggml_bf16_to_fp32(ggml_bf16_t{ x });
         }
-        if (!std::isfinite(res.data[i])) {
-            llama_rwkv_ms_fail("tensor '%s' has a NaN or Inf at element %zu: export a sound checkpoint", name.c_str(), i);
+        if (!std::isfinite(res[i])) {
+            llama_rwkv_ms_fail("tensor-nonfinite", "tensor '%s' has a NaN or Inf at element %zu: export a sound checkpoint",
+                    std::string(tensor.name).c_str(), i);
         }
     }
     return res;
 }
 
-void llama_rwkv_ms_sidecar_read_tensors(
-        const gguf_context *           gguf,
-        const std::vector<uint8_t> &   file,
-        const llama_rwkv_ms_manifest & manifest,
-        llama_rwkv_ms_sidecar &        res) {
-    rwkv_ms_reader reader = { file, gguf, {}, {} };
-    reader.index(manifest);
+llama_rwkv_ms_tensor rwkv_ms_reader::take(int32_t il, const std::string & name, const rwkv_ms_spec & spec) {
+    const std::string full = "blk." + std::to_string(il) + "." + name;
+
+    const auto it = tensors.find(full);
+    if (it == tensors.end()) {
+        if (spec.required) {
+            llama_rwkv_ms_fail("tensor-missing", "tensor '%s' is missing: export the sidecar again", full.c_str());
+        }
+        return {};
+    }
+    const auto & tensor   = *it->second;
+    const bool   is_known = std::find(spec.shape.begin(), spec.shape.end(), 0) == spec.shape.end();
+    if (is_known && rwkv_ms_shape_plain(tensor.shape) != rwkv_ms_shape_plain(spec.shape)) {
+        llama_rwkv_ms_fail("tensor-shape", "tensor '%s' has shape %s, must be %s", full.c_str(), rwkv_ms_shape_text(tensor.shape).c_str(),
+                rwkv_ms_shape_text(spec.shape).c_str());
+    }
+
+    const auto entry = manifest.find(full);
+    if (entry == manifest.end()) {
+        llama_rwkv_ms_fail("manifest", "tensor '%s' is missing in tensor_manifest_json", full.c_str());
+    }
+    rwkv_ms_check_entry(tensor, *entry->second, rwkv_ms_source_name(il, name));
+
+    tensors.erase(it);
+    return { spec.shape, rwkv_ms_read_values(tensor) };
+}
+
+void llama_rwkv_ms_sidecar_read_tensors(const llama_rwkv_ms_gguf & gguf, const llama_rwkv_ms_manifest & manifest, llama_rwkv_ms_sidecar & res) {
+    rwkv_ms_reader reader(gguf, manifest);
 
     const std::string first = "blk." + std::to_string(res.layers.front().il) + ".";
 
@@ -263,29 +245,20 @@ void llama_rwkv_ms_sidecar_read_tensors(
     res.hparams.n_lora = (uint32_t) reader.n_cols(first + "rwkv.w1");
 
     for (auto & layer : res.layers) {
-        if (layer.width[3] != res.n_embd) {
-            llama_rwkv_ms_fail("per_layer_attention_json: o_out of layer %d is %lld, but its hidden size is %lld (tensor '%smem_v')",
-                    layer.il, (long long) layer.width[3], (long long) res.n_embd, first.c_str());
+        const int64_t o_out = layer.width[3];
+        if (o_out != 0 && res.n_embd != 0 && o_out != res.n_embd) {
+            llama_rwkv_ms_fail("attention", "per_layer_attention_json: o_out of layer %d is %lld, but its hidden size is %lld (tensor '%smem_v')",
+                    layer.il, (long long) o_out, (long long) res.n_embd, first.c_str());
         }
         for (const auto & [name, spec] : rwkv_ms_layer_specs(res, layer)) {
-            const std::string full = "blk." + std::to_string(layer.il) + "." + name;
-            if (!reader.ids.count(full)) {
-                if (spec.required) {
-                    llama_rwkv_ms_fail("tensor '%s' is missing: export the sidecar again", full.c_str());
-                }
-                continue;
-            }
-            reader.check(full, rwkv_ms_source_name(layer.il, name), spec);
-
-            llama_rwkv_ms_tensor tensor = reader.load(full, spec);
-            if (spec.used) {
+            llama_rwkv_ms_tensor tensor = reader.take(layer.il, name, spec);
+            if (spec.used && !tensor.data.empty()) {
                 layer.tensors.emplace(name, std::move(tensor));
             }
-            reader.ids.erase(full);
         }
     }
-    if (!reader.ids.empty()) {
-        llama_rwkv_ms_fail("tensor %s is not one that its config uses: it may change the maths, so the sidecar needs a newer build",
-                llama_rwkv_ms_quote(reader.ids.begin()->first).c_str());
+    if (!reader.tensors.empty()) {
+        llama_rwkv_ms_fail("tensor-unknown", "tensor %s is not one that its config uses: it may change the maths, so the sidecar needs a newer build",
+                llama_rwkv_ms_quote(reader.tensors.begin()->first).c_str());
     }
 }

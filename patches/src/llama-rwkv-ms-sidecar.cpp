@@ -3,12 +3,12 @@
 #include "llama-rwkv-ms-config.h"
 #include "llama-rwkv-ms-sha256.h"
 
-#include "ggml-cpp.h"
-#include "gguf.h"
+#include "ggml.h"
 
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <stdexcept>
 
 static const size_t RWKV_MS_MAX_FILE = 1u << 30; // bytes
@@ -26,7 +26,7 @@ typedef std::unique_ptr<FILE, rwkv_ms_file_deleter> rwkv_ms_file_ptr;
 static rwkv_ms_file_ptr rwkv_ms_file_open(const std::string & path) {
     rwkv_ms_file_ptr file(ggml_fopen(path.c_str(), "rb"));
     if (!file) {
-        llama_rwkv_ms_fail("cannot be opened: %s", strerror(errno));
+        llama_rwkv_ms_fail("unreadable", "cannot be opened: %s", strerror(errno));
     }
     return file;
 }
@@ -45,7 +45,13 @@ static void rwkv_ms_file_read(FILE * file, const F & func) {
         }
     }
     if (ferror(file)) {
-        llama_rwkv_ms_fail("cannot be read: %s", strerror(errno));
+        llama_rwkv_ms_fail("unreadable", "cannot be read: %s", strerror(errno));
+    }
+}
+
+static void rwkv_ms_file_check_size(uint64_t size) {
+    if (size > RWKV_MS_MAX_FILE) {
+        llama_rwkv_ms_fail("too-large", "is larger than %zu MiB, which no sidecar is: is it the base model?", RWKV_MS_MAX_FILE >> 20);
     }
 }
 
@@ -53,11 +59,16 @@ static void rwkv_ms_file_read(FILE * file, const F & func) {
 static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
     std::vector<uint8_t> res;
     const auto           file = rwkv_ms_file_open(path);
-    rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t size) {
-        if (res.size() + size > RWKV_MS_MAX_FILE) {
-            llama_rwkv_ms_fail("is larger than %zu MiB, which no sidecar is: is it the base model?", RWKV_MS_MAX_FILE >> 20);
-        }
-        res.insert(res.end(), data, data + size);
+
+    std::error_code ec; // of what has no size, a pipe: it is read as far as it goes
+    const uint64_t  size = std::filesystem::file_size(std::filesystem::u8path(path), ec);
+    if (!ec) {
+        rwkv_ms_file_check_size(size);
+        res.reserve(size);
+    }
+    rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t n) {
+        rwkv_ms_file_check_size(res.size() + n);
+        res.insert(res.end(), data, data + n);
         return true;
     });
     return res;
@@ -67,62 +78,40 @@ static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
 // the sidecar
 //
 
-static void rwkv_ms_sidecar_read(const std::vector<uint8_t> & file, llama_rwkv_ms_sidecar & res) {
-    uint32_t version = 0;
-    if (file.size() < 8 || memcmp(file.data(), GGUF_MAGIC, 4) != 0) {
-        llama_rwkv_ms_fail("is not a GGUF file");
-    }
-    memcpy(&version, file.data() + 4, 4);
-    if (version != 3) {
-        llama_rwkv_ms_fail("is a GGUF file of version %u, a sidecar has version 3", version);
-    }
-
-    gguf_context_ptr gguf(gguf_init_from_buffer(file.data(), file.size(), { /*no_alloc =*/true, /*ctx =*/nullptr }));
-    if (!gguf) {
-        // what exactly is only in the log: gguf.h does not return it
-        llama_rwkv_ms_fail("is a truncated or malformed GGUF file, or has a key or tensor twice (see the log): copy or export it again");
-    }
-
-    const int64_t id_arch = gguf_find_key(gguf.get(), "general.architecture");
-    if (id_arch < 0 || gguf_get_kv_type(gguf.get(), id_arch) != GGUF_TYPE_STRING) {
-        llama_rwkv_ms_fail("key 'general.architecture' is missing or not a string, must be 'rwkv_ms_memory'");
-    }
-    const std::string arch = gguf_get_val_str(gguf.get(), id_arch);
-    if (arch != "rwkv_ms_memory") {
-        llama_rwkv_ms_fail("key 'general.architecture' is %s, must be 'rwkv_ms_memory': is it a model instead of a sidecar?",
-                llama_rwkv_ms_quote(arch).c_str());
-    }
-    if (gguf_get_alignment(gguf.get()) != 32) {
-        llama_rwkv_ms_fail("key 'general.alignment' is %zu, must be 32", gguf_get_alignment(gguf.get()));
-    }
-
-    const auto manifest = llama_rwkv_ms_sidecar_read_keys(gguf.get(), res);
-
-    llama_rwkv_ms_sidecar_read_tensors(gguf.get(), file, manifest, res);
-}
-
-std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_load(const char * path) {
+std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_read(const char * path, const uint8_t * data, size_t size) {
     auto res  = std::make_unique<llama_rwkv_ms_sidecar>();
     res->path = path;
 
     try {
-        const auto file   = rwkv_ms_file_load(path);
-        const auto digest = llama_rwkv_ms_sha256::hash(file.data(), file.size());
+        const auto gguf     = llama_rwkv_ms_gguf_read(data, size);
+        const auto manifest = llama_rwkv_ms_sidecar_read_keys(gguf, *res);
 
-        res->sha256 = llama_rwkv_ms_sha256::hex(digest);
-        rwkv_ms_sidecar_read(file, *res);
-
-        llama_rwkv_ms_sha256 both;
-        both.update(digest.data(), digest.size());
-        for (size_t i = 0; i < digest.size(); ++i) {
-            const uint8_t byte = (uint8_t) std::stoi(res->base_sha256.substr(2 * i, 2), nullptr, 16);
-            both.update(&byte, 1);
-        }
-        res->fingerprint = llama_rwkv_ms_sha256::hex(both.final());
+        llama_rwkv_ms_sidecar_read_tensors(gguf, manifest, *res);
     } catch (const std::exception & e) {
         throw std::runtime_error("sidecar '" + res->path + "': " + e.what());
     }
+
+    const auto digest = llama_rwkv_ms_sha256::hash(data, size);
+
+    llama_rwkv_ms_sha256 both;
+    both.update(digest.data(), digest.size());
+    for (size_t i = 0; i < digest.size(); ++i) {
+        const uint8_t byte = (uint8_t) std::stoi(res->base_sha256.substr(2 * i, 2), nullptr, 16);
+        both.update(&byte, 1);
+    }
+    res->sha256      = llama_rwkv_ms_sha256::hex(digest);
+    res->fingerprint = llama_rwkv_ms_sha256::hex(both.final());
     return res;
+}
+
+std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_load(const char * path) {
+    std::vector<uint8_t> file;
+    try {
+        file = rwkv_ms_file_load(path);
+    } catch (const std::exception & e) {
+        throw std::runtime_error(std::string("sidecar '") + path + "': " + e.what());
+    }
+    return llama_rwkv_ms_sidecar_read(path, file.data(), file.size());
 }
 
 llama_rwkv_ms_sidecar::~llama_rwkv_ms_sidecar() {
@@ -156,7 +145,11 @@ void llama_rwkv_ms_sidecar::base_hash_check() const {
         throw std::runtime_error("base '" + path_base + "': " + e.what());
     }
     if (sha != base_sha256) {
-        throw std::runtime_error("base '" + path_base + "' has SHA-256 " + sha + ", but sidecar '" + path +
-                "' is bound to " + base_sha256 + ": load the base that the sidecar was made for");
+        try {
+            llama_rwkv_ms_fail("base-hash", "base '%s' has SHA-256 %s, but the sidecar is bound to %s: load the base that it was made for",
+                    path_base.c_str(), sha.c_str(), base_sha256.c_str());
+        } catch (const std::exception & e) {
+            throw std::runtime_error("sidecar '" + path + "': " + e.what());
+        }
     }
 }

@@ -77,8 +77,11 @@ private:
     std::shared_future<std::string> base_hash;
 };
 
-// throws std::runtime_error with one line that names the file and what is wrong in it
+// throws std::runtime_error with one line: the file, the reason as in docs/sidecar.md, and what is wrong in it
 std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_load(const char * path);
+
+// the same for a file in memory; path is its name
+std::unique_ptr<llama_rwkv_ms_sidecar> llama_rwkv_ms_sidecar_read(const char * path, const uint8_t * data, size_t size);
 
 // the part that needs the base (its tensors may be unallocated), throws in the same way
 void llama_rwkv_ms_sidecar_check_model(const llama_rwkv_ms_sidecar & sidecar, const llama_model & model);

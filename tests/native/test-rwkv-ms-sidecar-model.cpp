@@ -51,7 +51,7 @@ static void init_sidecar(llama_rwkv_ms_sidecar & sidecar) {
 using edit_func = std::function<void(llama_rwkv_ms_sidecar &, llama_model_gemma4 &)>;
 
 // text == "": accepted
-static void expect(const std::string & text, const edit_func & edit) {
+static void expect(const std::string & reason, const std::string & text, const edit_func & edit) {
     llama_model_gemma4    model(llama_model_default_params());
     llama_rwkv_ms_sidecar sidecar;
 
@@ -66,8 +66,8 @@ static void expect(const std::string & text, const edit_func & edit) {
         err = e.what();
     }
 
-    if (text.empty() ? !err.empty() : err.find(text) == std::string::npos || err.find("test.gguf") == std::string::npos) {
-        printf("FAIL expected '%s', got '%s'\n", text.c_str(), err.c_str());
+    if (text.empty() ? !err.empty() : err.find(text) == std::string::npos || err.rfind("sidecar 'test.gguf': [" + reason + "] ", 0) != 0) {
+        printf("FAIL expected [%s] '%s', got '%s'\n", reason.c_str(), text.c_str(), err.c_str());
         n_failed++;
     }
 }
@@ -76,26 +76,26 @@ int main() {
     using sidecar_t = llama_rwkv_ms_sidecar;
     using model_t   = llama_model_gemma4;
 
-    expect("", [](sidecar_t &, model_t &) {});
-    expect("", [](sidecar_t & s, model_t &) { s.head[1] = s.head[2] = true; });
-    expect("", [](sidecar_t & s, model_t &) { s.layers[1] = { 2, true, { 64, 0, 0, 64 }, {} }; }); // no k and v of its own
-    expect("", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "1"; });
+    expect("", "", [](sidecar_t &, model_t &) {});
+    expect("", "", [](sidecar_t & s, model_t &) { s.head[1] = s.head[2] = true; });
+    expect("", "", [](sidecar_t & s, model_t &) { s.layers[1] = { 2, true, { 64, 0, 0, 64 }, {} }; }); // no k and v of its own
+    expect("", "", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "1"; });
 
-    expect("architecture 'llama'", [](sidecar_t &, model_t & m) { m.arch = LLM_ARCH_LLAMA; });
-    expect("split into 3 files", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "3"; });
-    expect("hidden size 64", [](sidecar_t & s, model_t &) { s.n_embd = 128; });
-    expect("target layer 3 is out of", [](sidecar_t & s, model_t &) { s.layers[1].il = 3; });
-    expect("layer 0 is full attention", [](sidecar_t & s, model_t &) { s.layers[0].is_swa = false; });
-    expect("q_out of layer 0 is 63", [](sidecar_t & s, model_t &) { s.layers[0].width[0] = 63; });
-    expect("k_out of layer 1 is 0", [](sidecar_t & s, model_t &) { s.layers[1].width[1] = 0; });
-    expect("v_out of layer 1 is 32", [](sidecar_t & s, model_t &) { s.layers[1].width[2] = 32; });
-    expect("o_out of layer 1 is 128", [](sidecar_t & s, model_t &) { s.layers[1].width[3] = 128; });
+    expect("base-architecture", "architecture 'llama'", [](sidecar_t &, model_t & m) { m.arch = LLM_ARCH_LLAMA; });
+    expect("base-split", "split into 3 files", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "3"; });
+    expect("base-shape", "hidden size 64", [](sidecar_t & s, model_t &) { s.n_embd = 128; });
+    expect("base-shape", "target layer 3 is out of", [](sidecar_t & s, model_t &) { s.layers[1].il = 3; });
+    expect("base-shape", "layer 0 is full attention", [](sidecar_t & s, model_t &) { s.layers[0].is_swa = false; });
+    expect("base-shape", "q_out of layer 0 is 63", [](sidecar_t & s, model_t &) { s.layers[0].width[0] = 63; });
+    expect("base-shape", "k_out of layer 1 is 0", [](sidecar_t & s, model_t &) { s.layers[1].width[1] = 0; });
+    expect("base-shape", "v_out of layer 1 is 32", [](sidecar_t & s, model_t &) { s.layers[1].width[2] = 32; });
+    expect("base-shape", "o_out of layer 1 is 128", [](sidecar_t & s, model_t &) { s.layers[1].width[3] = 128; });
 
-    expect("delta head k is active on layer 2", [](sidecar_t & s, model_t &) {
+    expect("base-heads", "delta head k is active on layer 2", [](sidecar_t & s, model_t &) {
         s.head[1]   = true;
         s.layers[1] = { 2, true, { 64, 32, 32, 64 }, {} };
     });
-    expect("no v projection of its own", [](sidecar_t & s, model_t & m) {
+    expect("base-heads", "no v projection of its own", [](sidecar_t & s, model_t & m) {
         s.head[2]      = true;
         m.layers[1].wv = nullptr;
     });

@@ -29,19 +29,19 @@ static void expect_ok(const std::string & name, test_sidecar sidecar) {
     check(err.empty(), name + ": " + err);
 }
 
-// one line, with the file's name and the given text
-static void expect_refused(test_sidecar sidecar, const std::string & text) {
+// one line: the file's name, the reason as in docs/sidecar.md, the given text
+static void expect_refused(test_sidecar sidecar, const std::string & reason, const std::string & text) {
     sidecar.write(path_test);
-    const std::string err = load_error(path_test);
-    check(err.find(text) != std::string::npos, "expected '" + text + "', got '" + err + "'");
-    check(err.find(path_test.string()) != std::string::npos, "no file name in '" + err + "'");
+    const std::string err   = load_error(path_test);
+    const std::string start = "sidecar '" + path_test.string() + "': [" + reason + "] ";
+    check(err.rfind(start, 0) == 0 && err.find(text) != std::string::npos, "expected [" + reason + "] '" + text + "', got '" + err + "'");
     check(err.find('\n') == std::string::npos, "more than one line: '" + err + "'");
 }
 
-static void expect_refused(const std::function<void(test_sidecar &)> & edit, const std::string & text, int format = 1) {
+static void expect_refused(const std::function<void(test_sidecar &)> & edit, const std::string & reason, const std::string & text, int format = 1) {
     test_sidecar sidecar(format);
     edit(sidecar);
-    expect_refused(sidecar, text);
+    expect_refused(sidecar, reason, text);
 }
 
 //
@@ -104,16 +104,16 @@ static void test_sound() {
 }
 
 static void test_files() {
-    check(load_error(path_test.parent_path() / "none.gguf").find("cannot be opened") != std::string::npos, "missing file");
-    check(load_error(path_test.parent_path()).find("cannot be") != std::string::npos, "a directory");
+    check(load_error(path_test.parent_path() / "none.gguf").find("[unreadable] cannot be opened") != std::string::npos, "missing file");
+    check(load_error(path_test.parent_path()).find("[unreadable] cannot be") != std::string::npos, "a directory");
 
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.clear(); }; }, "is not a GGUF file");
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[0] = 'X'; }; }, "is not a GGUF file");
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[4] = 2; }; }, "of version 2");
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.resize(f.size() + 64); }; }, "after its last tensor");
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { memset(&f[8], 0x7f, 8); }; }, "truncated or malformed");
-    expect_refused([](test_sidecar & s) { s.arch = "gemma4"; }, "general.architecture' is 'gemma4'");
-    expect_refused([](test_sidecar & s) { s.tensors.clear(); s.alignment = 64; }, "general.alignment' is 64");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.clear(); }; }, "not-gguf", "is not a GGUF file");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[0] = 'X'; }; }, "not-gguf", "is not a GGUF file");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[4] = 2; }; }, "gguf-version", "of version 2");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.resize(f.size() + 64); }; }, "trailing-bytes", "64 bytes follow the last tensor");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { memset(&f[8], 0x7f, 8); }; }, "gguf-count", "at most 65536");
+    expect_refused([](test_sidecar & s) { s.arch = "gemma4"; }, "not-a-sidecar", "general.architecture' is 'gemma4'");
+    expect_refused([](test_sidecar & s) { s.tensors.clear(); s.alignment = 64; }, "alignment", "general.alignment' must be a u32 of 32");
 
     // two tensors of one name
     expect_refused([](test_sidecar & s) {
@@ -123,68 +123,69 @@ static void test_files() {
             it[from.size() - 1]    = 'w';
         };
     },
-            "twice");
+            "tensor-duplicate", "tensor 'blk.0.rwkv.x_w' is there twice");
 
     // a cut anywhere
     test_sidecar good;
     good.write(path_test);
     const size_t size = fs::file_size(path_test);
     for (size_t n = 0; n < size; n += 1 + size / 97) {
-        expect_refused([&](test_sidecar & s) { s.edit_file = [&](std::vector<uint8_t> & f) { f.resize(n); }; }, "sidecar");
+        expect_refused([&](test_sidecar & s) { s.edit_file = [&](std::vector<uint8_t> & f) { f.resize(n); }; }, n < 4 ? "not-gguf" : "truncated", "");
     }
-    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.resize(f.size() - 32); }; }, "is truncated: tensor 'blk.5.");
+    expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.resize(f.size() - 32); }; }, "truncated", "tensor 'blk.5.");
 
     // a damaged byte anywhere in the tensors
-    for (size_t n = 32; n < 8000; n += 501) {
-        expect_refused([&](test_sidecar & s) { s.edit_file = [&](std::vector<uint8_t> & f) { f[f.size() - n] ^= 0x10; }; }, "sidecar");
+    for (size_t n = 32; n < 6500; n += 501) {
+        expect_refused([&](test_sidecar & s) { s.edit_file = [&](std::vector<uint8_t> & f) { f[f.size() - n] ^= 0x10; }; }, "tensor-hash", "tensor 'blk.");
     }
 }
 
 static void test_keys() {
-    expect_refused([](test_sidecar & s) { s.u32s["format_version"] = 3; }, "format_version' is 3");
-    expect_refused([](test_sidecar & s) { s.strs["schema"] = "x"; }, "schema' is 'x'");
-    expect_refused([](test_sidecar & s) { s.strs["schema"].back() = '2'; }, "schema");
-    expect_refused([](test_sidecar & s) { s.set_semantics(2); }, "rwkv_ms_semantics_version' is 2, in format 1");
-    expect_refused([](test_sidecar & s) { s.set_semantics(3); }, "rwkv_ms_semantics_version' is 3", 2);
-    expect_refused([](test_sidecar & s) { s.u32s.erase("rwkv_ms_semantics_version"); }, "rwkv_ms_semantics_version' is missing", 2);
-    expect_refused([](test_sidecar & s) { s.u32s["rwkv_ms_semantics_version"] = 1; }, "config_json: rwkv_ms_semantics_version is 2", 2);
-    expect_refused([](test_sidecar & s) { s.config.erase("rwkv_ms_semantics_version"); }, "config_json: rwkv_ms_semantics_version is 1", 2);
-    expect_refused([](test_sidecar & s) { s.strs["rwkv_ms_state_dtype"] = "bf16"; }, "rwkv_ms_state_dtype' is 'bf16'", 2);
-    expect_refused([](test_sidecar & s) { s.strs["base_gguf_sha256"] = "abc"; }, "base_gguf_sha256");
-    expect_refused([](test_sidecar & s) { s.strs.erase("base_gguf_sha256"); }, "base_gguf_sha256' is missing");
-    expect_refused([](test_sidecar & s) { s.strs["memory_backend"] = "delta"; }, "memory_backend' is 'delta'");
-    expect_refused([](test_sidecar & s) { s.strs["memory_readout_mode"] = "projected_kv"; }, "memory_readout_mode' is 'projected_kv'");
-    expect_refused([](test_sidecar & s) { s.strs["rwkv_ms_boundary_mode"] = "learned"; }, "rwkv_ms_boundary_mode' is 'learned'");
-    expect_refused([](test_sidecar & s) { s.strs["tensor_name_format"] = "full"; }, "tensor_name_format' is 'full'");
-    expect_refused([](test_sidecar & s) { s.strs["novelty"] = "x"; }, "unknown key 'delta_mem.novelty'");
-    expect_refused([](test_sidecar & s) { s.u32s.erase("rank"); s.strs["rank"] = "8"; }, "rank' has type str, must be u32");
-    expect_refused([](test_sidecar & s) { s.strs.erase("status"); s.u32s["status"] = 1; }, "status' has type u32");
-    expect_refused([](test_sidecar & s) { s.u32s["rank"] = 4; }, "rank' is 4, but config_json has 8");
-    expect_refused([](test_sidecar & s) { s.alpha = 8.0f; }, "alpha' is 8");
-    expect_refused([](test_sidecar & s) { s.alpha = NAN; }, "alpha");
-    expect_refused([](test_sidecar & s) { s.u32s["tensor_count"] = 3; }, "tensor_count");
-    expect_refused([](test_sidecar & s) { s.u64s["total_numel"] = 3; }, "total_numel");
-    expect_refused([](test_sidecar & s) { s.u64s["total_bytes"] = 3; }, "total_bytes");
+    expect_refused([](test_sidecar & s) { s.u32s["format_version"] = 3; }, "format-version", "format_version' is 3");
+    expect_refused([](test_sidecar & s) { s.strs["schema"] = "x"; }, "schema", "schema' is 'x'");
+    expect_refused([](test_sidecar & s) { s.strs["schema"].back() = '2'; }, "schema", "schema");
+    expect_refused([](test_sidecar & s) { s.set_semantics(2); }, "semantics-version", "rwkv_ms_semantics_version' is 2, in format 1");
+    expect_refused([](test_sidecar & s) { s.set_semantics(3); }, "semantics-version", "rwkv_ms_semantics_version' is 3", 2);
+    expect_refused([](test_sidecar & s) { s.u32s.erase("rwkv_ms_semantics_version"); }, "key-missing", "rwkv_ms_semantics_version' is missing", 2);
+    expect_refused([](test_sidecar & s) { s.u32s["rwkv_ms_semantics_version"] = 1; }, "disagree", "config_json: rwkv_ms_semantics_version is 2", 2);
+    expect_refused([](test_sidecar & s) { s.config.erase("rwkv_ms_semantics_version"); }, "disagree", "config_json: rwkv_ms_semantics_version is 1", 2);
+    expect_refused([](test_sidecar & s) { s.strs["rwkv_ms_state_dtype"] = "bf16"; }, "unsupported", "rwkv_ms_state_dtype' is 'bf16'", 2);
+    expect_refused([](test_sidecar & s) { s.strs["base_gguf_sha256"] = "abc"; }, "key-value", "base_gguf_sha256");
+    expect_refused([](test_sidecar & s) { s.strs.erase("base_gguf_sha256"); }, "key-missing", "base_gguf_sha256' is missing");
+    expect_refused([](test_sidecar & s) { s.strs["memory_backend"] = "delta"; }, "unsupported", "memory_backend' is 'delta'");
+    expect_refused([](test_sidecar & s) { s.strs["memory_readout_mode"] = "projected_kv"; }, "unsupported", "memory_readout_mode' is 'projected_kv'");
+    expect_refused([](test_sidecar & s) { s.strs["rwkv_ms_boundary_mode"] = "learned"; }, "unsupported", "rwkv_ms_boundary_mode' is 'learned'");
+    expect_refused([](test_sidecar & s) { s.strs["tensor_name_format"] = "full"; }, "unsupported", "tensor_name_format' is 'full'");
+    expect_refused([](test_sidecar & s) { s.strs["novelty"] = "x"; }, "key-unknown", "unknown key 'delta_mem.novelty'");
+    expect_refused([](test_sidecar & s) { s.u32s.erase("rank"); s.strs["rank"] = "8"; }, "key-type", "rank' has type str, must be u32");
+    expect_refused([](test_sidecar & s) { s.strs.erase("status"); s.u32s["status"] = 1; }, "key-type", "status' has type u32");
+    expect_refused([](test_sidecar & s) { s.u32s["rank"] = 4; }, "disagree", "rank' is 4, but config_json has 8");
+    expect_refused([](test_sidecar & s) { s.alpha = 8.0f; }, "disagree", "alpha' is 8");
+    expect_refused([](test_sidecar & s) { s.alpha = NAN; }, "key-value", "alpha");
+    expect_refused([](test_sidecar & s) { s.u32s["tensor_count"] = 3; }, "disagree", "tensor_count");
+    expect_refused([](test_sidecar & s) { s.u64s["total_numel"] = 3; }, "disagree", "total_numel");
+    expect_refused([](test_sidecar & s) { s.u64s["total_bytes"] = 3; }, "disagree", "total_bytes");
     expect_refused([](test_sidecar & s) {
         s.edit_gguf = [](gguf_context * gguf) {
             const uint32_t values[2] = { 8, 8 };
             gguf_set_arr_data(gguf, "delta_mem.rank", GGUF_TYPE_UINT32, values, 2);
         };
     },
-            "rank' has type arr");
+            "key-type", "rank' has type arr");
     expect_refused([](test_sidecar & s) {
         s.u32s["rwkv_ms_chunk_size"] = s.config["rwkv_ms_chunk_size"] = (1 << 22) + 1;
     },
-            "at most 16777216");
-    expect_refused([](test_sidecar & s) { s.u32s["rwkv_ms_chunk_size"] = s.config["rwkv_ms_chunk_size"] = 0; }, "rwkv_ms_chunk_size is '0'");
-    expect_refused([](test_sidecar & s) { s.u32s["num_state_heads"] = s.config["num_state_heads"] = 65; }, "num_state_heads is '65'");
-    expect_refused([](test_sidecar & s) { s.u32s["num_state_heads"] = s.config["num_state_heads"] = 2; }, "has shape [8, 16], must be [16, 16]");
+            "config-value", "at most 16777216");
+    expect_refused([](test_sidecar & s) { s.u32s["rwkv_ms_chunk_size"] = s.config["rwkv_ms_chunk_size"] = 0; }, "config-value", "rwkv_ms_chunk_size is '0'");
+    expect_refused([](test_sidecar & s) { s.u32s["num_state_heads"] = s.config["num_state_heads"] = 65; }, "config-value", "num_state_heads is '65'");
+    expect_refused([](test_sidecar & s) { s.u32s["num_state_heads"] = s.config["num_state_heads"] = 2; }, "tensor-shape", "has shape [8, 16], must be [16, 16]");
 }
 
 static void test_config() {
     struct bad_value {
         const char * key;
         json         value;
+        const char * reason = "config-unsupported";
     };
 
     const bad_value bad_values[] = {
@@ -210,60 +211,68 @@ static void test_config() {
         { "rwkv_ms_write_address_gain", 0.1 },
         { "target_modules", { "mlp" } },
         { "state_update_mode", "other" },
-        { "couple_lambda", 1 },
-        { "rankwise_gates", "yes" },
-        { "rwkv_ms_erase_gate", "1" },
-        { "rwkv_ms_erase_gate", 1e300 },
-        { "rank", 8.0 },
-        { "rank", -8 },
-        { "rank", 1e30 },
-        { "rwkv_ms_num_states", 0 },
-        { "beta_bias_init", "x" },
-        { "rwkv_ms_detach_read_scores", 0 },
-        { "target_layers", { 5, 0 } },
-        { "target_layers", { 0, 0 } },
-        { "target_layers", { -1, 5 } },
-        { "target_layers", json::array() },
-        { "delta_heads", { "q", "q" } },
-        { "delta_heads", { "z" } },
-        { "delta_heads", json::array() },
-        { "delta_heads", { "qo" } },
-        { "novelty", 0 },
+        { "couple_lambda", 1, "config-value" },
+        { "rankwise_gates", "yes", "config-value" },
+        { "rwkv_ms_erase_gate", "1", "config-value" },
+        { "rwkv_ms_erase_gate", 1e300, "config-value" },
+        { "rank", 8.0, "config-value" },
+        { "rank", -8, "config-value" },
+        { "rank", 1e30, "config-value" },
+        { "rwkv_ms_num_states", 0, "config-value" },
+        { "beta_bias_init", "x", "config-value" },
+        { "rwkv_ms_detach_read_scores", 0, "config-value" },
+        { "target_layers", { 5, 0 }, "key-value" },
+        { "target_layers", { 0, 0 }, "key-value" },
+        { "target_layers", { -1, 5 }, "key-value" },
+        { "target_layers", json::array(), "key-value" },
+        { "delta_heads", { "q", "q" }, "key-value" },
+        { "delta_heads", { "z" }, "key-value" },
+        { "delta_heads", json::array(), "key-value" },
+        { "delta_heads", { "qo" }, "key-value" },
+        { "novelty", 0, "config-unknown" },
     };
     for (const auto & bad : bad_values) {
-        // an order or a duplicate has a message of its own, the list's name stands in both
-        expect_refused([&](test_sidecar & s) { s.config[bad.key] = bad.value; }, bad.key);
+        expect_refused([&](test_sidecar & s) { s.config[bad.key] = bad.value; }, bad.reason, bad.key);
     }
 
     for (const char * key : { "rank", "couple_lambda", "state_update_mode", "rankwise_gates", "rwkv_ms_erase_gate", "target_layers", "delta_heads" }) {
-        expect_refused([&](test_sidecar & s) { s.config.erase(key); }, key);
+        expect_refused([&](test_sidecar & s) {
+            s.config.erase(key);
+            s.jsons["target_layers_json"] = { 0, 5 };
+            s.jsons["delta_heads_json"]   = { "q", "o" };
+        },
+                "config-missing", key);
     }
 
-    expect_refused([](test_sidecar & s) { s.jsons["target_layers_json"] = { 0 }; }, "target_layers");
-    expect_refused([](test_sidecar & s) { s.jsons["delta_heads_json"] = { "q" }; }, "delta_heads");
+    expect_refused([](test_sidecar & s) { s.jsons["target_layers_json"] = { 0 }; }, "disagree", "target_layers");
+    expect_refused([](test_sidecar & s) { s.jsons["delta_heads_json"] = { "q" }; }, "disagree", "delta_heads");
 
     const auto config_text = [](const std::string & text) {
         return [text](test_sidecar & s) { s.strs["config_json"] = text; };
     };
-    expect_refused(config_text("{"), "config_json: not valid JSON");
-    expect_refused(config_text("[]"), "config_json: must be a JSON object");
-    expect_refused(config_text("{\"alpha\": NaN}"), "config_json: not valid JSON");
-    expect_refused(config_text("{\"rank\": 8, \"rank\": 4}"), "key 'rank' is there twice");
-    expect_refused(config_text(std::string(100000, '[')), "nested deeper");
-    expect_refused(config_text("{\"a\xff\": 1}"), "config_json: not valid JSON");
-    expect_refused(config_text("{\"evil\\nline\": 1}"), "unknown key 'evil?line'");
-    expect_refused(config_text("{\"" + std::string(5000, 'x') + "\": 1}"), "...'");
+    expect_refused(config_text("{"), "json-invalid", "config_json' is not valid JSON");
+    expect_refused(config_text("[]"), "json-type", "config_json' must be a JSON object");
+    expect_refused(config_text("{\"alpha\": NaN}"), "json-invalid", "config_json' is not valid JSON");
+    expect_refused(config_text("{\"rank\": 8, \"rank\": 4}"), "json-duplicate", "the member 'rank' twice");
+    expect_refused(config_text(std::string(100000, '[')), "json-depth", "nested deeper");
+    expect_refused(config_text("{\"a\xff\": 1}"), "not-utf8", "key 'delta_mem.config_json'");
+    expect_refused(config_text("\xef\xbb\xbf{}"), "json-invalid", "config_json' is not valid JSON");
+    expect_refused(config_text("{\"rank\": \"\\ud800\"}"), "json-invalid", "config_json' is not valid JSON");
+    expect_refused(config_text("{\"rank\": 1e999}"), "json-invalid", "config_json' is not valid JSON");
+    expect_refused(config_text(std::string((16 << 20) + 1, ' ')), "json-size", "config_json' has 16777217 bytes");
+    expect_refused(config_text("{\"evil\\nline\": 1}"), "config-unknown", "unknown member 'evil?line'");
+    expect_refused(config_text("{\"" + std::string(5000, 'x') + "\": 1}"), "config-unknown", "...'");
 
     const auto attention = [](int i, const char * key, const json & value) {
         return [=](test_sidecar & s) { s.jsons["per_layer_attention_json"][i][key] = value; };
     };
-    expect_refused(attention(0, "layer", 1), "per_layer_attention_json[0]: layer must be 0");
-    expect_refused(attention(1, "attention_kind", "linear"), "per_layer_attention_json[1]: attention_kind is 'linear'");
-    expect_refused(attention(1, "q_out", 0), "q_out must be positive");
-    expect_refused(attention(1, "q_out", "32"), "q_out");
-    expect_refused(attention(1, "o_out", 32), "o_out of layer 5 is 32");
-    expect_refused(attention(1, "active_delta_heads", { "q" }), "active_delta_heads");
-    expect_refused([](test_sidecar & s) { s.jsons["per_layer_attention_json"].erase(0); }, "one entry for each");
+    expect_refused(attention(0, "layer", 1), "attention", "layer 0");
+    expect_refused(attention(1, "attention_kind", "linear"), "attention", "layer 5: attention_kind is '\"linear\"'");
+    expect_refused(attention(1, "q_out", 0), "attention", "q_out must be positive");
+    expect_refused(attention(1, "q_out", "32"), "attention", "q_out");
+    expect_refused(attention(1, "o_out", 32), "attention", "o_out of layer 5 is 32");
+    expect_refused(attention(1, "active_delta_heads", { "q" }), "attention", "active_delta_heads");
+    expect_refused([](test_sidecar & s) { s.jsons["per_layer_attention_json"].erase(0); }, "disagree", "one for each of the 2 target layers");
 }
 
 static void test_tensors() {
@@ -278,7 +287,7 @@ static void test_tensors() {
         test_sidecar sidecar;
         sidecar.tensors.erase(name);
         if (needed) {
-            expect_refused(sidecar, "tensor '" + name + "' is missing");
+            expect_refused(sidecar, "tensor-missing", "tensor '" + name + "' is missing");
         } else {
             expect_ok(name + " is not needed", sidecar);
         }
@@ -286,38 +295,38 @@ static void test_tensors() {
         if (name != "blk.0.mem_v" && name != "blk.0.rwkv.w1") {
             auto shape = tensor.shape;
             shape[0] += 1;
-            expect_refused(replace(name.c_str(), make_tensor(shape)), "tensor '" + name + "' has shape");
+            expect_refused(replace(name.c_str(), make_tensor(shape)), "tensor-shape", "tensor '" + name + "' has shape");
         }
     }
 
-    expect_refused(replace("blk.0.rwkv.w1", make_tensor({ L, D })), "has shape");
-    expect_refused(replace("blk.0.mem_v", make_tensor({ H, D })), "hidden size");
-    expect_refused(replace("blk.0.beta", make_tensor({ H, D })), "tensor 'blk.0.beta' has shape [16, 8], must be [8, 16]");
-    expect_refused(replace("blk.0.x", make_tensor({ D })), "tensor 'blk.0.x'");
-    expect_refused(replace("blk.1.mem_v", make_tensor({ D, H })), "tensor 'blk.1.mem_v'");
-    expect_refused(replace("blk.0.lambda", make_tensor({ D, H })), "tensor 'blk.0.lambda'");
-    expect_refused(replace("blk.0.rwkv.r_k", make_tensor({ D })), "tensor 'blk.0.rwkv.r_k'");
-    expect_refused(replace("blk.0.beta", make_tensor({ D, H }, GGML_TYPE_F64)), "tensor 'blk.0.beta' has type f64");
+    expect_refused(replace("blk.0.rwkv.w1", make_tensor({ L, D })), "tensor-shape", "has shape");
+    expect_refused(replace("blk.0.mem_v", make_tensor({ H, D })), "attention", "hidden size");
+    expect_refused(replace("blk.0.beta", make_tensor({ H, D })), "tensor-shape", "tensor 'blk.0.beta' has shape [16, 8], must be [8, 16]");
+    expect_refused(replace("blk.0.x", make_tensor({ D })), "tensor-unknown", "tensor 'blk.0.x'");
+    expect_refused(replace("blk.1.mem_v", make_tensor({ D, H })), "tensor-unknown", "tensor 'blk.1.mem_v'");
+    expect_refused(replace("blk.0.lambda", make_tensor({ D, H })), "tensor-unknown", "tensor 'blk.0.lambda'");
+    expect_refused(replace("blk.0.rwkv.r_k", make_tensor({ D })), "tensor-unknown", "tensor 'blk.0.rwkv.r_k'");
+    expect_refused(replace("blk.0.beta", make_tensor({ D, H }, GGML_TYPE_F64)), "tensor-type", "tensor 'blk.0.beta' has type 28");
 
     const float inf = std::numeric_limits<float>::infinity();
     for (const ggml_type type : { GGML_TYPE_BF16, GGML_TYPE_F16, GGML_TYPE_F32 }) {
-        expect_refused(replace("blk.5.rwkv.key.weight", make_tensor({ D, D }, type, NAN)), "tensor 'blk.5.rwkv.key.weight' has a NaN or Inf at element 63");
-        expect_refused(replace("blk.5.rwkv.key.weight", make_tensor({ D, D }, type, -inf)), "tensor 'blk.5.rwkv.key.weight' has a NaN or Inf at element 63");
+        expect_refused(replace("blk.5.rwkv.key.weight", make_tensor({ D, D }, type, NAN)), "tensor-nonfinite", "tensor 'blk.5.rwkv.key.weight' has a NaN or Inf at element 63");
+        expect_refused(replace("blk.5.rwkv.key.weight", make_tensor({ D, D }, type, -inf)), "tensor-nonfinite", "tensor 'blk.5.rwkv.key.weight' has a NaN or Inf at element 63");
     }
 
     const auto manifest = [](const char * key, const json & value) {
         return [=](test_sidecar & s) { s.edit_manifest = [=](json & m) { m[3][key] = value; }; };
     };
-    expect_refused(manifest("name", "blk.9.x"), "'blk.9.x' is there twice or is no tensor");
-    expect_refused(manifest("source_name", "x"), "source_name must be");
-    expect_refused(manifest("shape", { 1, 2 }), "shape must be");
-    expect_refused(manifest("gguf_type", "F16"), "gguf_type is 'f16'");
-    expect_refused(manifest("bytes", 1), "bytes and numel");
-    expect_refused(manifest("numel", 1), "bytes and numel");
-    expect_refused(manifest("sha256_raw", std::string(64, '0')), "not the manifest's sha256_raw");
-    expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m.erase(3); }; }, "is missing in tensor_manifest_json");
-    expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m[4] = m[3]; }; }, "is there twice");
-    expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m = 1; }; }, "tensor_manifest_json must be a list");
+    expect_refused(manifest("name", "blk.9.x"), "manifest", "'blk.9.x' is there twice or is no tensor");
+    expect_refused(manifest("source_name", "x"), "manifest", "source_name is '\"x\"'");
+    expect_refused(manifest("shape", { 1, 2 }), "manifest", "shape is '[1,2]'");
+    expect_refused(manifest("gguf_type", "F16"), "manifest", "gguf_type is '\"F16\"'");
+    expect_refused(manifest("bytes", 1), "manifest", "numel and bytes");
+    expect_refused(manifest("numel", 1), "manifest", "numel and bytes");
+    expect_refused(manifest("sha256_raw", std::string(64, '0')), "tensor-hash", "not the manifest's sha256_raw");
+    expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m.erase(3); }; }, "manifest", "is missing in tensor_manifest_json");
+    expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m[4] = m[3]; }; }, "manifest", "is there twice");
+    expect_refused([](test_sidecar & s) { s.edit_manifest = [](json & m) { m = 1; }; }, "json-type", "tensor_manifest_json' must be a JSON list");
 }
 
 static void test_base() {
@@ -344,7 +353,7 @@ static void test_base() {
 
     check(error(sha_abc, base).empty(), "the bound base");
     const std::string err = error(sha_bad, base);
-    check(err.find(sha_abc) != std::string::npos && err.find(sha_bad) != std::string::npos, "both hashes in '" + err + "'");
+    check(err.find("[base-hash] ") != std::string::npos && err.find(sha_abc) != std::string::npos && err.find(sha_bad) != std::string::npos, "both hashes in '" + err + "'");
     check(error(sha_abc, path_test.parent_path() / "none.gguf").find("cannot be opened") != std::string::npos, "missing base");
 }
 

@@ -1,19 +1,10 @@
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 DATA = Path(__file__).parents[1] / "data"
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -26,22 +17,3 @@ def model_a() -> Path:
 def layers() -> list[Path]:
     """The layer fixtures."""
     return sorted((DATA / "layers").glob("layer_*.npz"))
-
-
-@pytest.fixture
-def llamamem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Runs the command line as a user does, in this process."""
-
-    def run(*args: str | Path) -> Result:
-        from llamamem.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["llamamem", *map(str, args)])
-        try:
-            main()
-            status = 0
-        except SystemExit as e:
-            status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-        out, err = capsys.readouterr()
-        return Result(status, out, err)
-
-    return run

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.checkpoint import CheckpointTensor, read_checkpoint, read_torch_zip
+from llamamem.formats.checkpoint import read_checkpoint, read_torch_zip
+from llamamem.formats.gguf_file import GgufTensor
 
 DELTA = "model.language_model.layers.0.self_attn.delta_q_proj"
 
@@ -33,7 +34,7 @@ def repack(source: Path, target: Path, **members: bytes | None) -> Path:
     return target
 
 
-def as_safetensors(tensors: dict[str, CheckpointTensor], path: Path) -> None:
+def as_safetensors(tensors: dict[str, GgufTensor], path: Path) -> None:
     header, data = {}, b""
     for name, tensor in tensors.items():
         offsets = [len(data), len(data) + len(tensor.data)]
@@ -66,6 +67,13 @@ def test_config_by_name(model_a: Path) -> None:
     assert read_checkpoint(model_a, "delta_mem_config_v2.json").config["rwkv_ms_semantics_version"] == 2
     with pytest.raises(LlamamemError, match=r"nowhere\.json: cannot be read"):
         read_checkpoint(model_a, "nowhere.json")
+
+
+def test_config_by_path(model_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere.json").write_text('{"rank": 4}')
+    assert read_checkpoint(model_a, str(tmp_path / "elsewhere.json")).config == {"rank": 4}
+    monkeypatch.chdir(tmp_path)
+    assert read_checkpoint(model_a, "elsewhere.json").config == {"rank": 4}
 
 
 class Storage:
@@ -128,7 +136,7 @@ def test_views_types_and_strides(tmp_path: Path) -> None:
     read = read_torch_zip(path)
     assert read["t"].data == np.ascontiguousarray(values.reshape(3, 4).T).tobytes() and read["t"].shape == (4, 3)
     assert read["tail"].data == values[8:].tobytes() and read["tail"].dtype == "F32"
-    assert read["half"] == CheckpointTensor("half", "F16", (3,), np.ones(3, "<f2").tobytes())
+    assert read["half"] == GgufTensor("half", "F16", (3,), np.ones(3, "<f2").tobytes())
 
 
 def test_a_malicious_pickle_is_refused_before_it_runs(model_a: Path, tmp_path: Path) -> None:
@@ -177,6 +185,8 @@ FLOATS = Storage("FloatStorage", "0", 4)
         {"x": tensor(FLOATS, 0, (2,), (-1,))},
         {"x": tensor(FLOATS, 0, (-1,), (1,))},
         {"x": tensor(FLOATS, 0, (2, 2), (1,))},
+        {"x": tensor(FLOATS, 0, (1 << 40,), (0,))},  # 4 TB of 16 bytes
+        {f"x{i}": tensor(FLOATS, 0, (1 << 25,), (0,)) for i in range(20)},
         {"x": tensor(Storage("FloatStorage", "1", 4), 0, (1,), (1,))},  # no such storage
         {"x": tensor(Storage("FloatStorage", "../0", 4), 0, (1,), (1,))},
         {"x": tensor("no storage", 0, (1,), (1,))},
@@ -237,7 +247,7 @@ def test_a_damaged_pickle_gives_tensors_or_one_clear_error(
         ("{", "not valid JSON"),
         ("[]", "not a JSON object"),
         ('{"rank": 8, "rank": 9}', "'rank' is there twice"),
-        ('{"alpha": NaN}', "NaN"),
+        ('{"alpha": NaN}', "not valid JSON"),
     ],
 )
 def test_a_malformed_config(text: str, says: str, model_a: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `llamamem sidecar export` and `zero` write, and what they refuse."""
+"""What `llamamem sidecar export` writes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import read_checkpoint
+from llamamem.formats.checkpoint_write import safetensors, write_checkpoint
 from llamamem.formats.gguf_file import GgufField, GgufTensor, write_gguf
 from llamamem.formats.sidecar import read_sidecar, short_name
-from llamamem.formats.sidecar_export import export_sidecar, zero_sidecar
+from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.tensor_types import bf16, convert
 
 BASE = "model-f32.gguf"
 STRING = gguf.GGUFValueType.STRING
@@ -97,40 +100,12 @@ def test_names(source: str, name: str) -> None:
 
 def test_safetensors_and_pt_give_the_same_sidecar(exported: Path, model_a: Path, tmp_path: Path) -> None:
     tensors = dict(reversed(read_checkpoint(model_a).tensors.items()))
-    header, data = {}, b""
-    for name, t in tensors.items():
-        offsets = [len(data), len(data) + len(t.data)]
-        header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": offsets}
-        data += t.data
-    text = json.dumps(header).encode()
-    (tmp_path / "delta_mem_adapter.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    as_written = safetensors(tensors.values())
+    (tmp_path / "delta_mem_adapter.safetensors").write_bytes(as_written)
     for name in ("delta_mem_config.json", "adapter_metadata.json"):
         shutil.copy(model_a / name, tmp_path)
     export_sidecar(tmp_path, model_a / BASE, tmp_path / "b.gguf")
     assert (tmp_path / "b.gguf").read_bytes() == exported.read_bytes()
-
-
-def test_zero_changes_the_deltas_alone(llamamem: Callable[..., Any], exported: Path, tmp_path: Path) -> None:
-    assert llamamem("sidecar", "zero", exported, "--output", tmp_path / "z.gguf").status == 0
-    before, after = read_sidecar(exported), read_sidecar(tmp_path / "z.gguf")
-    changed = {name for name in before.tensors if before.tensors[name] != after.tensors[name]}
-    assert changed == {f"blk.{layer}.delta_{head}" for layer in range(6) for head in "qkvo"}
-    assert not any(after.weights(layer)[f"delta_{head}"].any() for layer in range(6) for head in "qkvo")
-    assert {k for k in before.fields if before.fields[k] != after.fields[k]} == {"delta_mem.tensor_manifest_json"}
-    assert after.base_sha256 == before.base_sha256
-
-
-def test_files_that_are_no_sidecar(llamamem: Callable[..., Any], model_a: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.gguf").write_text("hello")
-    for path, says in (
-        (model_a / BASE, "is it the base model?"),
-        (tmp_path / "text.gguf", "not a GGUF file"),
-        (tmp_path / "nowhere.gguf", "no such file"),
-        (tmp_path, "cannot be read"),
-    ):
-        result = llamamem("sidecar", "zero", path, "--output", tmp_path / "out.gguf")
-        assert result.status == 2 and says in result.err and str(path) in result.err
-        assert result.err.count("\n") == 1
 
 
 def test_export_says_what_does_not_fit(llamamem: Callable[..., Any], model_a: Path, tmp_path: Path) -> None:
@@ -148,13 +123,25 @@ def test_export_says_what_does_not_fit(llamamem: Callable[..., Any], model_a: Pa
     assert "delta head k is active on layer 6" in export(
         target_layers=[6], delta_heads=["k"]
     )  # shares the keys of an earlier layer
-    assert "rank 9" in export(rank=9) or "has shape" in export(rank=9)
+    assert "delta_mem_config.json: rank is 0" in export(rank=0)
+    assert "has shape" in export(rank=9)
+    for member in ("alpha", "rwkv_ms_semantics_version", "rwkv_ms_chunk_size"):
+        for value in (None, "8", [8], True, 1e300):
+            assert member in export(**{member: value})
+    assert "[config-value] delta_mem_config.json: alpha is null" in export(alpha=None)
+    assert "delta head k is active on layer 6" in export(target_layers=[6], delta_heads=["k", "", "kv", 1, []])
+    assert "delta_heads_json" in export(delta_heads=["q", "", "kv", 1, []])
     assert "no such file" in export(base=tmp_path / "nowhere.gguf")
     assert "not a GGUF file" in export(base=tmp_path / "delta_mem_adapter.pt")
     assert "directory does not exist" in export(output=tmp_path / "nowhere" / "x.gguf")
     assert "is a directory" in export(output=tmp_path)
     copy = shutil.copy(model_a / BASE, tmp_path / "base.gguf")
     assert "is the input itself" in export(base=copy, output=copy)
+    for name in ("delta_mem_adapter.pt", "delta_mem_config.json"):
+        assert "is the input itself" in export(output=tmp_path / name)
+    typo = shutil.copy(model_a / BASE, tmp_path / "other-base.gguf")
+    assert "is there and is not a sidecar" in export(output=typo)
+    assert typo.read_bytes() == (model_a / BASE).read_bytes()
     assert (tmp_path / "base.gguf").read_bytes() == (model_a / BASE).read_bytes()
     with zipfile.ZipFile(tmp_path / "delta_mem_adapter.pt", "w") as archive:
         archive.writestr("x/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
@@ -170,12 +157,123 @@ def test_a_base_of_another_architecture_or_hidden_size(model_a: Path, tmp_path: 
     shards = GgufField(gguf.GGUFValueType.UINT16, 3)
     split = {"general.architecture": GgufField(STRING, "gemma4"), "split.count": shards}
     write_gguf(tmp_path / "split.gguf", split, [GgufTensor("x", "F32", (1,), bytes(4))])
-    with pytest.raises(LlamamemError, match="split into several files"):
+    with pytest.raises(LlamamemError, match="is split into"):
         export_sidecar(model_a, tmp_path / "split.gguf", tmp_path / "x.gguf")
 
 
-def test_zero_leaves_its_input_alone(exported: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copy(exported, tmp_path / "a.gguf"))
-    with pytest.raises(LlamamemError, match="is the input itself"):
-        zero_sidecar(path, path)
-    assert path.read_bytes() == exported.read_bytes()
+def test_everything_is_checked_before_anything_is_hashed(
+    model_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(*_: Any) -> str:
+        raise AssertionError("the base was hashed")
+
+    monkeypatch.setattr("llamamem.formats.sidecar_export.file_sha256", hashed)
+    with pytest.raises(AssertionError):  # where nothing is wrong
+        export_sidecar(model_a, model_a / BASE, tmp_path / "x.gguf")
+    (tmp_path / "notes").write_text("mine")
+    for changes in (
+        {"output": tmp_path / "notes"},
+        {"output": tmp_path / "no" / "x.gguf"},
+        {"manifest": tmp_path / "no" / "x.json"},
+        {"manifest": tmp_path / "notes"},
+        {"manifest": tmp_path / "x.gguf"},
+        {"manifest": model_a / "adapter_metadata.json"},
+        {"mmproj": model_a / BASE},
+        {"mmproj": tmp_path / "notes"},
+        {"config": "nowhere.json"},
+    ):
+        paths: dict[str, Any] = {"output": tmp_path / "x.gguf"} | changes
+        with pytest.raises(LlamamemError):
+            export_sidecar(model_a, model_a / BASE, **paths)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes"}
+
+
+def projector(path: Path, **keys: str) -> Path:
+    fields = {f"general.{key}": GgufField(STRING, value) for key, value in keys.items()}
+    write_gguf(path, fields, [GgufTensor("mm.0.weight", "F32", (1,), bytes(4))])
+    return path
+
+
+@pytest.mark.parametrize("keys", [{"architecture": "clip"}, {"architecture": "clip", "type": "mmproj"}])
+def test_the_projector_is_recorded(keys: dict[str, str], model_a: Path, tmp_path: Path) -> None:
+    mmproj = projector(tmp_path / "mmproj.gguf", **keys)
+    told: list[int] = []
+    sidecar = export_sidecar(model_a, model_a / BASE, tmp_path / "x.gguf", mmproj=mmproj, progress=told.append)
+    assert sidecar.fields["delta_mem.mmproj_gguf"].value == "mmproj.gguf"
+    assert sidecar.fields["delta_mem.mmproj_gguf_sha256"].value == hashlib.sha256(mmproj.read_bytes()).hexdigest()
+    assert sum(told) == (model_a / BASE).stat().st_size + mmproj.stat().st_size
+
+
+def test_a_file_that_is_no_projector(llamamem: Callable[..., Any], model_a: Path, tmp_path: Path) -> None:
+    other = projector(tmp_path / "other.gguf", architecture="gemma4", type="model")
+    args = ("--base", model_a / BASE, "--output", tmp_path / "x.gguf", "--mmproj")
+    for path, says in ((other, "no multimodal projector"), (model_a / "config.json", "not a GGUF file")):
+        result = llamamem("sidecar", "export", model_a, *args, path)
+        assert result.status == 2 and says in result.err and str(path) in result.err and result.err.count("\n") == 1
+
+
+def test_the_default_output(
+    llamamem: Callable[..., Any], exported: Path, model_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert llamamem("sidecar", "export", model_a, "--base", model_a / BASE).status == 0
+    assert (tmp_path / "model_a.sidecar.gguf").read_bytes() == exported.read_bytes()
+
+
+def test_the_manifest_file(llamamem: Callable[..., Any], model_a: Path, tmp_path: Path) -> None:
+    path, manifest = tmp_path / "x.gguf", tmp_path / "x.json"
+    args = ("sidecar", "export", model_a, "--base", model_a / BASE, "--output", path, "--manifest", manifest)
+    assert llamamem(*args).status == 0
+    first = manifest.read_bytes()
+    assert llamamem(*args).status == 0  # its own kind is replaced
+    assert manifest.read_bytes() == first
+    value = json.loads(first)
+    assert (value["sidecar"], value["bytes"]) == ("x.gguf", path.stat().st_size)
+    assert value["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert value["metadata"]["delta_mem.config_json"] == json.loads((model_a / "delta_mem_config.json").read_text())
+    assert value["metadata"]["delta_mem.base_gguf"] == BASE
+    assert len(value["tensors"]) == 186 and value["tensors"][0]["source_name"] == SOURCE.format(0, "beta_proj")
+    assert str(tmp_path) not in first.decode()
+
+
+def test_the_order_of_the_config_is_kept(model_a: Path, tmp_path: Path) -> None:
+    config = json.loads((model_a / "delta_mem_config.json").read_text())
+    turned = dict(reversed(config.items()))
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    sidecar = export_sidecar(model_a, model_a / BASE, tmp_path / "x.gguf", config=str(tmp_path / "turned.json"))
+    assert list(sidecar.config) == list(turned) != list(config)
+
+
+def test_types_are_converted(llamamem: Callable[..., Any], exported: Path, model_a: Path, tmp_path: Path) -> None:
+    args = ("--base", model_a / BASE, "--output", tmp_path / "x.gguf", "--dtype")
+    assert llamamem("sidecar", "export", model_a, *args, "f32").status == 0
+    kept, wide = read_sidecar(exported), read_sidecar(tmp_path / "x.gguf")
+    assert {t.dtype for t in wide.tensors.values()} == {"F32"}
+    for layer in range(6):
+        for name, array in kept.weights(layer).items():
+            np.testing.assert_array_equal(wide.weights(layer)[name], array)
+    assert llamamem("sidecar", "export", model_a, *args, "bf16").status == 0
+    assert (tmp_path / "x.gguf").read_bytes() == exported.read_bytes()
+
+
+def test_rounding_to_bf16() -> None:
+    def rounded(*bits: int) -> list[int]:
+        return np.frombuffer(bf16(np.array(bits, np.uint32).view(np.float32)), "<u2").tolist()
+
+    assert rounded(0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF) == [0x3F80, 0x3F82, 0x3F81, 0x3F81]  # ties to even
+    assert rounded(0x7F800000, 0xFF800000, 0x80000000) == [0x7F80, 0xFF80, 0x8000]
+    assert all(bits & 0x7F80 == 0x7F80 and bits & 0x7F for bits in rounded(0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF))  # NaN
+    half = GgufTensor("x", "F16", (2,), np.array([0.1, 65504], "<f2").tobytes())
+    assert convert(half, "BF16").data == bf16(np.array([0.1, 65504], "<f2").astype(np.float32))
+
+
+def test_a_value_that_bf16_cannot_hold(model_a: Path, tmp_path: Path) -> None:
+    tensors = dict(read_checkpoint(model_a).tensors)
+    name = SOURCE.format(2, "delta_q_proj")
+    data = np.full(tensors[name].shape, 3.4e38, "<f4").tobytes()
+    tensors[name] = GgufTensor(name, "F32", tensors[name].shape, data)
+    config = json.loads((model_a / "delta_mem_config.json").read_text())
+    write_checkpoint(tmp_path / "big", tensors.values(), config, {})
+    with pytest.raises(LlamamemError, match=r"delta_mem_adapter\.pt: tensor '.*2\.self_attn\.delta_q_proj': 3.4e\+38"):
+        export_sidecar(tmp_path / "big", model_a / BASE, tmp_path / "x.gguf", dtype="bf16")
+    export_sidecar(tmp_path / "big", model_a / BASE, tmp_path / "x.gguf")
