@@ -17,7 +17,7 @@ from llamamem.errors import LlamamemError
 
 __all__ = ["app", "main"]
 
-VERBS = ("build", "vendor", "serve", "smoke", "demo", "fixture", "sidecar", "parity", "bench", "doctor")
+VERBS = ("build", "vendor", "serve", "smoke", "demo", "fixture", "sidecar", "state", "session", "parity", "bench", "doctor")
 
 app = typer.Typer(
     name="llamamem",

@@ -1,0 +1,312 @@
+"""The directory of sessions: crashes at every step of a change, full disks, damaged files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+
+from llamamem.errors import LlamamemError
+from llamamem.sessions import DirectoryStore, Memory, directory
+
+MakeMemory = Callable[..., Memory]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path / "store")
+
+
+def files(place: DirectoryStore) -> list[str]:
+    """What lies in the store, without its locks."""
+    return sorted(path.name for path in place.path.iterdir() if path.name != "locks")
+
+
+def key(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+@contextmanager
+def stopped_at(step: int, when: str, stop: BaseException) -> Iterator[list[str]]:
+    """`stop` is raised before or after the given one of all calls that change the disk; yields their names."""
+    calls: list[str] = []
+
+    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "open" and not args[1] & os.O_CREAT:  # of the directory, to flush it
+                return real(*args, **kwargs)
+            mine = len(calls) == step
+            calls.append(name)
+            if mine and when == "before":
+                raise stop
+            result = real(*args, **kwargs)
+            if mine:
+                raise stop
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "os", _Os({n: wrap(n, getattr(os, n)) for n in ("open", "replace", "fsync")}))
+        patch.setattr(Path, "unlink", wrap("unlink", Path.unlink))
+        yield calls
+
+
+class _Os:
+    """The module, as directory.py alone sees it, with some functions replaced."""
+
+    def __init__(self, replaced: dict[str, Any]) -> None:
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+SAVE_STEPS = ["open", "fsync", "replace", "fsync"] * 2 + ["unlink"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(len(SAVE_STEPS)))
+def test_a_crash_in_a_save_leaves_a_whole_session(
+    place: DirectoryStore, memory: MakeMemory, step: int, when: str
+) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    with pytest.raises(Killed), stopped_at(step, when, Killed()) as calls:
+        place.save(saved, memory(2, 2))
+    assert calls == SAVE_STEPS[: step + 1]
+    commit = SAVE_STEPS.index("replace", 4)
+    committed = step > commit or (step == commit and when == "after")
+    loaded, state = place.load("alice")
+    assert (loaded.generation, state) == ((2, memory(2, 2).data) if committed else (1, memory(1, 1).data))
+    assert [entry.fault for entry in place.entries()] == [None]
+    last = place.save(loaded, memory(3, 3))
+    assert place.load("alice")[1] == memory(3, 3).data
+    assert files(place) == [f"{key('alice')}-{last.generation}.state", f"{key('alice')}.json"], "the rest is swept"
+
+
+def test_the_steps_of_a_save_are_all_of_them(place: DirectoryStore, memory: MakeMemory) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    with stopped_at(-1, "before", Killed()) as calls:
+        place.save(saved, memory(2, 2))
+    assert calls == SAVE_STEPS
+
+
+@pytest.mark.parametrize("step", range(len(SAVE_STEPS) - 1))
+def test_a_full_disk_in_a_save_is_one_line_and_leaves_the_old_session(
+    place: DirectoryStore, memory: MakeMemory, step: int
+) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(LlamamemError, match="No space left on device"), stopped_at(step, "before", full):
+        place.save(saved, memory(2, 2))
+    assert not [name for name in files(place) if name.endswith(".part")]
+    loaded, state = place.load("alice")
+    assert state == memory(loaded.generation, loaded.generation).data
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(8))
+def test_a_crash_in_a_copy_leaves_all_or_nothing_or_what_is_reported(
+    place: DirectoryStore, memory: MakeMemory, step: int, when: str
+) -> None:
+    place.save(place.create("prefix"), memory(1, 1))
+    copies = 4  # writes before: `used` of the prefix
+    with pytest.raises(Killed), stopped_at(copies + step, when, Killed()):
+        place.create("alice", from_="prefix")
+    assert place.load("prefix")[1] == memory(1, 1).data
+    entries = {entry.label: entry for entry in place.entries()}
+    assert entries.pop("prefix").fault is None
+    if "alice" in entries:
+        assert place.load("alice")[1] == memory(1, 1).data
+        return
+    for entry in entries.values():  # the state is there, its metadata not yet
+        assert entry.session is None and "half-written" in str(entry.fault) and key("alice") in entry.label
+        for use in (place.load, place.create):
+            with pytest.raises(LlamamemError, match=r"'alice'.*half-written.*llamamem session rm"):
+                use("alice")
+        place.remove("alice")
+    place.create("alice", from_="prefix")
+    assert place.load("alice")[1] == memory(1, 1).data
+    assert len(place.entries()) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(3))
+def test_a_crash_in_a_removal_leaves_a_session_that_is_whole_or_refused(
+    place: DirectoryStore, memory: MakeMemory, step: int, when: str
+) -> None:
+    place.save(place.create("alice"), memory(1, 1))
+    with pytest.raises(Killed), stopped_at(step, when, Killed()):
+        place.remove("alice")
+    for entry in place.entries():
+        if entry.fault is None:
+            assert place.load("alice")[1] == memory(1, 1).data
+        else:
+            with pytest.raises(LlamamemError, match=r"half-removed.*llamamem session rm"):
+                place.load("alice")
+        place.remove("alice")
+    assert files(place) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(4))
+def test_a_crash_in_a_load_changes_nothing(place: DirectoryStore, memory: MakeMemory, step: int, when: str) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    with pytest.raises(Killed), stopped_at(step, when, Killed()):
+        place.load("alice")
+    assert place.load("alice")[1] == memory(1, 1).data
+    place.save(saved, memory(2, 2))
+    assert len(files(place)) == 2
+
+
+def state_file(place: DirectoryStore) -> Path:
+    return next(place.path.glob("*.state"))
+
+
+def metadata_file(place: DirectoryStore) -> Path:
+    return place.path / f"{key('alice')}.json"
+
+
+def edit(place: DirectoryStore, **members: Any) -> None:
+    value = json.loads(metadata_file(place).read_text())
+    metadata_file(place).write_text(json.dumps(value | members))
+
+
+DAMAGES: dict[str, tuple[Callable[[DirectoryStore], Any], str]] = {
+    "a flipped byte": (lambda p: state_file(p).write_bytes(b"\1" + state_file(p).read_bytes()[1:]), "hash"),
+    "a cut state": (lambda p: os.truncate(state_file(p), 100), "hash"),
+    "a longer state": (lambda p: state_file(p).write_bytes(state_file(p).read_bytes() + b"\0"), "hash"),
+    "no state": (lambda p: state_file(p).unlink(), "state is missing"),
+    "an older state": (lambda p: edit(p, generation=4), "state is missing"),
+    "a directory for a state": (lambda p: (state_file(p).unlink(), state_file_named(p).mkdir()), "cannot be read"),
+    "no metadata": (lambda p: metadata_file(p).unlink(), "metadata is missing"),
+    "empty metadata": (lambda p: metadata_file(p).write_bytes(b""), "metadata is damaged"),
+    "cut metadata": (lambda p: os.truncate(metadata_file(p), 80), "metadata is damaged"),
+    "metadata of bytes": (lambda p: metadata_file(p).write_bytes(b"\xff\xfe\0"), "metadata is damaged"),
+    "deep metadata": (lambda p: metadata_file(p).write_text("[" * 100_000), "metadata is damaged"),
+    "a later format": (lambda p: edit(p, format="llamamem_session.v2"), "format"),
+    "an odd member": (lambda p: edit(p, colour="red"), "colour"),
+    "a hash that is none": (lambda p: edit(p, sidecar_sha256="x"), "sidecar_sha256"),
+    "another's name": (lambda p: edit(p, name="mallory"), "'mallory'"),
+    "a name that is none": (lambda p: edit(p, name="a\nb"), "metadata is damaged"),
+    "a time without a zone": (lambda p: edit(p, used="2026-01-01T00:00:00"), "used"),
+}
+
+
+def state_file_named(place: DirectoryStore) -> Path:
+    return place.path / f"{key('alice')}-1.state"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_listed_and_refused(place: DirectoryStore, memory: MakeMemory, damage: str) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    place.save(place.create("bob"), memory(2, 2))
+    spoil, said = DAMAGES[damage]
+    spoil(place)
+    before = sorted(files(place))
+    for use in (
+        lambda: place.load("alice"),
+        lambda: place.save(saved, memory(3, 3)),
+        lambda: place.create("alice"),
+        lambda: place.create("carol", from_="alice"),
+    ):
+        with pytest.raises(LlamamemError, match="'alice'") as refused:
+            use()
+        assert said in str(refused.value) and "llamamem session rm" in str(refused.value)
+    assert place.prune(timedelta(days=-1)) == ["bob"], "what is damaged is not pruned"
+    assert [name for name in before if key("bob") not in name] == files(place)
+    (entry,) = place.entries()
+    assert said in str(entry.fault) and ("alice" == entry.label or key("alice") in entry.label)
+    if damage != "a directory for a state":
+        place.remove("alice")
+        assert place.entries() == []
+
+
+def test_files_that_are_not_a_sessions_are_left_alone(place: DirectoryStore, memory: MakeMemory) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    others = ["notes.json", "old.state", f"{key('bob')}.json.bak", f"{key('bob')}-x.state"]
+    for name in others:
+        (place.path / name).write_text("mine")
+    assert [entry.label for entry in place.entries()] == ["alice"]
+    assert place.total_bytes() == len(memory(1).data)
+    place.save(saved, memory(2, 2))
+    place.remove("alice")
+    assert files(place) == sorted(others)
+
+
+def test_only_the_owner_can_read(place: DirectoryStore, memory: MakeMemory) -> None:
+    place.save(place.create("alice"), memory(1, 1))
+    for path in (place.path, state_file(place), metadata_file(place)):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    place = DirectoryStore(path)
+    for use in (place.entries, place.total_bytes, lambda: place.create("alice"), lambda: place.load("alice")):
+        with pytest.raises(LlamamemError, match=f"{path}"):
+            use()
+
+
+def test_a_lock_that_is_held_is_waited_for(place: DirectoryStore, memory: MakeMemory) -> None:
+    saved = place.create("alice")
+    done: list[int] = []
+    with filelock.FileLock(place.path / "locks" / f"{key('alice')[:2]}.lock"):
+        thread = threading.Thread(target=lambda: done.append(place.save(saved, memory(1, 1)).generation))
+        thread.start()
+        thread.join(0.2)
+        assert done == [] and thread.is_alive()
+    thread.join(10)
+    assert done == [1]
+
+
+def test_a_lock_that_is_held_on_and_on_is_an_error(
+    place: DirectoryStore, memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = place.create("alice")
+    monkeypatch.setattr(directory, "_LOCK_TIMEOUT", 0.1)
+    with filelock.FileLock(place.path / "locks" / f"{key('alice')[:2]}.lock"):
+        with pytest.raises(LlamamemError, match=r"\.lock: held by another process"):
+            place.save(saved, memory(1, 1))
+        assert place.path.exists()
+    assert place.load("alice")[1] is None
+
+
+def test_a_quota_is_counted_by_one_writer_at_a_time(
+    place: DirectoryStore, memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten sessions that fit one by one, saved at once into room for five: five are saved."""
+    size = len(memory(1).data)
+    limited = DirectoryStore(place.path, quota=5 * size)
+    made = [limited.create(f"s{i}") for i in range(10)]
+    outcomes: list[str] = []
+
+    def save(i: int) -> None:
+        try:
+            limited.save(made[i], memory(1, i))
+            outcomes.append("saved")
+        except LlamamemError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=save, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(outcomes) == ["refused"] * 5 + ["saved"] * 5
+    assert limited.total_bytes() == 5 * size
