@@ -33,6 +33,10 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
+    @property
+    def url(self) -> httpx.URL:
+        return self._http.base_url
+
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
             return self._http.request(method, path, **kwargs)
@@ -75,6 +79,23 @@ class Client:
 
     def erase_slot(self, slot: int) -> dict[str, Any]:
         return self._object("POST", f"/slots/{slot}", params={"action": "erase"}, json={})
+
+    def save_memory(self, slot: int, filename: str) -> dict[str, Any]:
+        """Writes the slot's memory alone to a file of the server's slot directory."""
+        return self._object("POST", f"/slots/{slot}", params={"action": "memory-save"}, json={"filename": filename})
+
+    def restore_memory(self, slot: int, filename: str) -> dict[str, Any]:
+        """Drops the slot's text; its next one starts at position 0 on the memory of the file."""
+        return self._object("POST", f"/slots/{slot}", params={"action": "memory-restore"}, json={"filename": filename})
+
+    def reset_memory(self, slot: int) -> dict[str, Any]:
+        """The memory is as in a fresh slot; the text stays."""
+        return self._object("POST", f"/slots/{slot}", params={"action": "memory-reset"}, json={})
+
+    def set_memory(self, slot: int, *, frozen: bool = False, scale: float = 1.0) -> dict[str, Any]:
+        """Until changed: a frozen memory is read and not written to; `scale` is a factor of its deltas, 0 the base."""
+        body = {"frozen": frozen, "scale": scale}
+        return self._object("POST", f"/slots/{slot}", params={"action": "memory-set"}, json=body)
 
     def _object(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
         answer: dict[str, Any] = self._json(method, path, **kwargs)
