@@ -482,7 +482,7 @@ size_t llama_rwkv_ms_state_load(
     if (!tokens_out && n_tokens) {
         return file.i_state;
     }
-    if (file.tokens.size() > n_capacity) {
+    if (tokens_out && file.tokens.size() > n_capacity) {
         llama_rwkv_ms_state_fail("state-kv", "'%s' has %zu tokens, there is room for %zu", path, file.tokens.size(), n_capacity);
     }
 
@@ -504,7 +504,9 @@ size_t llama_rwkv_ms_state_load(
         throw std::runtime_error(llama_rwkv_ms_state_error());
     }
 
-    std::copy(file.tokens.begin(), file.tokens.end(), tokens_out);
+    if (tokens_out) {
+        std::copy(file.tokens.begin(), file.tokens.end(), tokens_out);
+    }
     return file.data.size();
 }
 
