@@ -104,6 +104,12 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
         [ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, _c_float_p, _c_float_p, ctypes.c_int64],
         ctypes.c_bool,
     ),
+    "llama_rwkv_ms_state_save_file": ([ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32], ctypes.c_size_t),
+    "llama_rwkv_ms_state_load_file": ([ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32], ctypes.c_size_t),
+    "llama_rwkv_ms_state_error": ([], ctypes.c_char_p),
+    "llama_rwkv_ms_state_error_clear": ([], None),
+    "llama_rwkv_ms_seq_reset": ([ctypes.c_void_p, ctypes.c_int32], ctypes.c_bool),
+    "llama_rwkv_ms_seq_set": ([ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_float], ctypes.c_bool),
     "llama_rwkv_ms_eval": ([ctypes.POINTER(RwkvMsEvalParams), ctypes.c_char_p, ctypes.c_size_t], ctypes.c_bool),
 }
 

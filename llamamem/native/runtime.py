@@ -256,6 +256,14 @@ class Context:
         """The memory of a sequence at every target layer."""
         return [self.state(seq, i) for i in range(len(self.model.layers))]
 
+    def reset_memory(self, seq: int = 0) -> None:
+        """Empties the memory of a sequence; its text stays."""
+        self._memory_call("llama_rwkv_ms_seq_reset", seq)
+
+    def set_memory(self, seq: int = 0, *, frozen: bool = False, scale: float = 1.0) -> None:
+        """From now on the sequence writes nothing if `frozen`, and its deltas are multiplied by `scale` (0: the base)."""
+        self._memory_call("llama_rwkv_ms_seq_set", seq, frozen, scale)
+
     def clear(self) -> None:
         """Forgets everything: KV cache and memory of all sequences."""
         self._api.llama_memory_clear(self.memory, True)
@@ -306,6 +314,17 @@ class Context:
         if put(self.handle, source, len(data), *args) == 0:
             raise LlamamemError(f"the state is refused: {logged_error()}")
 
+    def save_memory(self, path: str | os.PathLike[str], seq: int = 0) -> int:
+        """Writes the memory of a sequence, without its text, to a file; returns the bytes. See docs/state-format.md."""
+        return self._memory_call("llama_rwkv_ms_state_save_file", os.fsencode(path), seq)
+
+    def load_memory(self, path: str | os.PathLike[str], seq: int = 0) -> None:
+        """Puts it into a sequence, whose text is removed: it goes on at position 0, with what is remembered.
+
+        Raises LlamamemError with the exact reason, and nothing changed, for a file that is damaged or not of this model.
+        """
+        self._memory_call("llama_rwkv_ms_state_load_file", os.fsencode(path), seq)
+
     def close(self) -> None:
         """Frees the caches."""
         if self.handle is not None:
@@ -319,6 +338,16 @@ class Context:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _memory_call(self, name: str, *args: Any) -> int:
+        library = self.model.library
+        self._info(0)
+        library.function("llama_rwkv_ms_state_error_clear")()
+        result: int = library.function(name)(self.handle, *args)
+        if not result:
+            reason = library.function("llama_rwkv_ms_state_error")().decode("utf-8", "replace")
+            raise LlamamemError(reason or f"{name}: refused: no such sequence, or a value that is not finite")
+        return result
 
     def _info(self, i: int) -> RwkvMsInfo:
         info = self.model.info

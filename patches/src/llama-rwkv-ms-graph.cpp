@@ -19,22 +19,30 @@ public:
         }
 
         std::vector<int32_t> data(2 * ubatch->n_tokens);
+        std::vector<float>   factor(ubatch->n_tokens);
 
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            const auto & seq = mem->get_seq_params(ubatch->seq_id[i][0]);
+
             data[2 * i + 0] = ubatch->seq_id[i][0];
-            data[2 * i + 1] = GGML_RWKV_MS_MASK_LIVE;
+            data[2 * i + 1] = seq.frozen ? GGML_RWKV_MS_MASK_FROZEN : GGML_RWKV_MS_MASK_LIVE;
+            factor[i]       = seq.scale;
         }
 
         ggml_backend_tensor_set(ids, data.data(), 0, ggml_nbytes(ids));
+        if (scale) {
+            ggml_backend_tensor_set(scale, factor.data(), 0, ggml_nbytes(scale));
+        }
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return mem == params.rwkv_ms && ids->ne[1] == params.ubatch.n_tokens;
+        return mem == params.rwkv_ms && ids->ne[1] == params.ubatch.n_tokens && mem->has_scale() == (scale != nullptr);
     }
 
     const llama_memory_rwkv_ms * mem;
 
-    ggml_tensor * ids = nullptr; // I32 [2, n_tokens]
+    ggml_tensor * ids   = nullptr; // I32 [2, n_tokens]
+    ggml_tensor * scale = nullptr; // F32 [1, n_tokens], nullptr if it is 1 for all sequences
 
     std::vector<std::pair<ggml_tensor *, ggml_tensor *>> nodes; // the op and its state
 };
@@ -71,6 +79,12 @@ llama_rwkv_ms_graph::llama_rwkv_ms_graph(const llm_graph_context & gctx) : gctx(
     ggml_set_input(res->ids);
     ggml_set_name(res->ids, "rwkv_ms_ids");
 
+    if (gctx.rwkv_ms->has_scale()) {
+        res->scale = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, 1, gctx.n_tokens);
+        ggml_set_input(res->scale);
+        ggml_set_name(res->scale, "rwkv_ms_scale");
+    }
+
     inp = static_cast<llm_graph_input_rwkv_ms *>(gctx.res->add_input(std::move(res)));
 }
 
@@ -97,6 +111,10 @@ void llama_rwkv_ms_graph::read(ggml_tensor * h, int il) {
             ggml_backend_sched_set_tensor_backend(gctx.sched, core, backend);
             break;
         }
+    }
+
+    if (inp->scale) {
+        core = ggml_mul(gctx.ctx0, core, inp->scale);
     }
 
     this->il = il;

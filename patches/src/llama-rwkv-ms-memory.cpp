@@ -5,6 +5,7 @@
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-model.h"
+#include "llama-rwkv-ms-state.h"
 
 #include <algorithm>
 #include <cmath>
@@ -34,7 +35,7 @@ llama_memory_rwkv_ms::llama_memory_rwkv_ms(
     llama_kv_cache_iswa(model, type_k, type_v, v_trans, offload, swa_full, unified,
             kv_size, n_seq_max, n_ubatch, n_pad, nullptr, filter, reuse, nullptr),
     model(model), weights(weights),
-    n_cells(n_seq_max), n_cell(ggml_rwkv_ms_n_cell(&weights.params)) {
+    n_cells(n_seq_max), n_cell(ggml_rwkv_ms_n_cell(&weights.params)), seqs(n_seq_max) {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
     for (const auto & layer : weights.layers) {
@@ -132,16 +133,19 @@ llama_memory_rwkv_ms::rm_type llama_memory_rwkv_ms::get_rm_type(llama_seq_id seq
     const llama_pos pos_min = get_base()->seq_pos_min(seq_id);
     const llama_pos pos_max = seq_pos_max(seq_id);
 
-    if (p0 <= std::max(0, pos_min) && p1 > pos_max) {
+    if (p0 < 0 && p1 > pos_max) {
         return RM_FULL;
+    }
+    if (pos_max < 0) {
+        return RM_KEEP;
+    }
+    if (p0 <= std::max(0, pos_min) && p1 > pos_max) {
+        return RM_TEXT;
     }
     return p0 <= pos_max && pos_max < p1 ? RM_REFUSE : RM_KEEP;
 }
 
 bool llama_memory_rwkv_ms::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    if (p0 < 0) {
-        p0 = 0;
-    }
     if (p1 < 0) {
         p1 = std::numeric_limits<llama_pos>::max();
     }
@@ -157,8 +161,15 @@ bool llama_memory_rwkv_ms::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
     }
 
     for (llama_seq_id s = s0; s < s1; ++s) {
-        if (get_rm_type(s, p0, p1) == RM_FULL) {
-            zero(s);
+        switch (get_rm_type(s, p0, p1)) {
+            case RM_FULL:
+                zero(s);
+                break;
+            case RM_TEXT:
+                rewind(s);
+                break;
+            default:
+                break;
         }
     }
 
@@ -178,8 +189,10 @@ void llama_memory_rwkv_ms::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
         return;
     }
 
+    seqs[seq_id_dst] = seqs[seq_id_src];
+
     if (has_tail) {
-        pending.push_back({ seq_id_src, seq_id_dst });
+        pending.push_back({ seq_id_src, seq_id_dst, {} });
     } else {
         LLAMA_LOG_ERROR("%s: [%d, %d) does not hold the end of sequence %d: sequence %d starts with an empty memory\n",
                 __func__, p0, p1, seq_id_src, seq_id_dst);
@@ -223,9 +236,18 @@ void llama_memory_rwkv_ms::zero(llama_seq_id seq_id) {
     }
     for (uint32_t s = 0; s < n_cells; ++s) {
         if (seq_id < 0 || seq_id == (llama_seq_id) s) {
-            pending.push_back({ -1, (int32_t) s });
+            seqs[s].origin.clear();
+            pending.push_back({ -1, (int32_t) s, {} });
         }
     }
+}
+
+void llama_memory_rwkv_ms::rewind(llama_seq_id seq_id) {
+    pending.push_back({ -1, seq_id, seqs[seq_id].origin });
+}
+
+bool llama_memory_rwkv_ms::has_scale() const {
+    return std::any_of(seqs.begin(), seqs.end(), [](const seq_info & seq) { return seq.params.scale != 1.0f; });
 }
 
 void llama_memory_rwkv_ms::flush() {
@@ -234,13 +256,15 @@ void llama_memory_rwkv_ms::flush() {
     std::vector<float> data(n_cell);
 
     for (const auto & op : pending) {
-        for (auto * state : states) {
-            if (op.src < 0) {
+        for (size_t i = 0; i < states.size(); ++i) {
+            if (op.src >= 0) {
+                ggml_backend_tensor_get(states[i], data.data(), op.src * size, size);
+            } else if (op.data.empty()) {
                 std::fill(data.begin(), data.end(), 0.0f);
             } else {
-                ggml_backend_tensor_get(state, data.data(), op.src * size, size);
+                std::copy_n(op.data.begin() + i * n_cell, n_cell, data.begin());
             }
-            ggml_backend_tensor_set(state, data.data(), op.dst * size, size);
+            ggml_backend_tensor_set(states[i], data.data(), op.dst * size, size);
         }
     }
 
@@ -248,15 +272,18 @@ void llama_memory_rwkv_ms::flush() {
 }
 
 std::vector<float> llama_memory_rwkv_ms::get_cell(uint32_t cell) const {
-    // the cell whose content this one has once all is applied, -1 if it is zero
+    std::vector<float> res(states.size() * n_cell, 0.0f);
+
+    // the cell whose content this one has once all is applied, -1 if that is data
     int32_t src = cell;
     for (auto it = pending.rbegin(); it != pending.rend() && src >= 0; ++it) {
         if (it->dst == src) {
             src = it->src;
+            if (src < 0 && !it->data.empty()) {
+                res = it->data;
+            }
         }
     }
-
-    std::vector<float> res(states.size() * n_cell, 0.0f);
 
     if (src >= 0) {
         for (size_t i = 0; i < states.size(); ++i) {
@@ -276,71 +303,65 @@ void llama_memory_rwkv_ms::set_cell(uint32_t cell, const std::vector<float> & da
     }
 }
 
-std::string llama_memory_rwkv_ms::check_cell(const float * data) const {
-    const float n_period = (float) weights.params.n_state * weights.params.n_chunk;
-
-    for (size_t i = 0; i < states.size(); ++i, data += n_cell) {
-        for (int64_t j = 0; j < n_cell; ++j) {
-            if (!std::isfinite(data[j])) {
-                return format("layer %d: value %lld is not finite", weights.layers[i].il, (long long) j);
-            }
-        }
-
-        const float n_lo = data[n_cell - 2];
-        const float n_hi = data[n_cell - 1];
-
-        if (n_lo < 0 || n_lo >= n_period || n_lo != std::floor(n_lo) || n_hi < 0 || n_hi != std::floor(n_hi)) {
-            return format("layer %d: the token counter is out of range", weights.layers[i].il);
-        }
-    }
-    return "";
-}
-
 //
 // state
 //
 
-// what precedes the cells in a saved state, little-endian
-struct llama_rwkv_ms_state_header {
-    char     magic[4]; // RMVS
-    uint32_t version;
-    uint32_t n_layer;
-    uint32_t n_cell;   // elements of a cell of one layer
-    uint32_t n_cells;
-    char     fingerprint[64];
+// counts, to know the size of what follows before it is written
+class llama_rwkv_ms_io_count : public llama_io_write_i {
+public:
+    explicit llama_rwkv_ms_io_count(bool skip_tensors) : skip_tensors(skip_tensors) {}
+
+    void   write(const void *, size_t size) override { n += size; }
+    void   write_tensor(ggml_tensor *, size_t, size_t size) override { n += skip_tensors ? 0 : size; }
+    size_t n_bytes() override { return n; }
+
+private:
+    const bool skip_tensors;
+
+    size_t n = 0;
 };
-
-static llama_rwkv_ms_state_header llama_rwkv_ms_state_header_init(const llama_rwkv_ms & weights, uint32_t n_cells) {
-    llama_rwkv_ms_state_header res;
-
-    memcpy(res.magic, "RMVS", sizeof(res.magic));
-    memcpy(res.fingerprint, weights.info.fingerprint, sizeof(res.fingerprint));
-
-    res.version = 1;
-    res.n_layer = weights.info.n_layer;
-    res.n_cell  = ggml_rwkv_ms_n_cell(&weights.params);
-    res.n_cells = n_cells;
-
-    return res;
-}
 
 void llama_memory_rwkv_ms::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     if (seq_id >= (llama_seq_id) n_cells) {
         throw std::runtime_error(format("rwkv-ms: there is no sequence %d", seq_id));
     }
 
-    // the memory comes first, so that a state that does not fit is refused before the KV cache is touched
-    const auto header = llama_rwkv_ms_state_header_init(weights, seq_id < 0 ? n_cells : 1);
+    const uint32_t kind = llama_rwkv_ms_block_kind_of(seq_id, flags);
 
-    io.write(&header, sizeof(header));
+    const uint32_t s0 = seq_id < 0 ? 0 : seq_id;
+    const uint32_t s1 = seq_id < 0 ? n_cells : seq_id + 1;
 
-    for (uint32_t s = 0; s < header.n_cells; ++s) {
-        const auto data = get_cell(seq_id < 0 ? s : seq_id);
+    std::vector<float> cells, origins;
 
-        io.write(data.data(), data.size() * sizeof(float));
+    bool has_origin = false;
+    for (uint32_t s = s0; s < s1; ++s) {
+        const auto   cell   = get_cell(s);
+        const auto & origin = seqs[s].origin;
+
+        cells.insert(cells.end(), cell.begin(), cell.end());
+        origins.insert(origins.end(), origin.begin(), origin.end());
+        origins.resize(cells.size(), 0.0f);
+
+        has_origin = has_origin || !origin.empty();
+    }
+    if (!has_origin || kind == LLAMA_RWKV_MS_BLOCK_MEMORY) {
+        origins.clear();
     }
 
-    llama_kv_cache_iswa::state_write(io, seq_id, flags);
+    llama_rwkv_ms_io_count count(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE);
+    if (kind != LLAMA_RWKV_MS_BLOCK_MEMORY) {
+        llama_kv_cache_iswa::state_write(count, seq_id, flags);
+    }
+
+    // the memory comes first, so that a state that does not fit is refused before the KV cache is touched
+    const auto block = llama_rwkv_ms_block_write(weights, kind, cells, origins, count.n_bytes());
+
+    io.write(block.data(), block.size());
+
+    if (kind != LLAMA_RWKV_MS_BLOCK_MEMORY) {
+        llama_kv_cache_iswa::state_write(io, seq_id, flags);
+    }
 }
 
 void llama_memory_rwkv_ms::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -348,50 +369,55 @@ void llama_memory_rwkv_ms::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         throw std::runtime_error(format("rwkv-ms: there is no sequence %d", seq_id));
     }
 
-    const auto expected = llama_rwkv_ms_state_header_init(weights, seq_id < 0 ? n_cells : 1);
+    const uint32_t kind = llama_rwkv_ms_block_kind_of(seq_id, flags);
 
-    llama_rwkv_ms_state_header header;
+    const uint32_t s0 = seq_id < 0 ? 0 : seq_id;
+    const uint32_t s1 = seq_id < 0 ? n_cells : seq_id + 1;
+
+    llama_rwkv_ms_block_header header;
     io.read(&header, sizeof(header));
+    llama_rwkv_ms_block_check(weights, header, kind, s1 - s0);
 
-    if (memcmp(header.magic, expected.magic, sizeof(header.magic)) != 0) {
-        throw std::runtime_error("rwkv-ms: the state has no memory in it (saved without a sidecar?)");
-    }
-    if (header.version != expected.version) {
-        throw std::runtime_error(format("rwkv-ms: state version %u, this build reads %u", header.version, expected.version));
-    }
-    if (memcmp(header.fingerprint, expected.fingerprint, sizeof(header.fingerprint)) != 0) {
-        throw std::runtime_error("rwkv-ms: the state belongs to another sidecar or base");
-    }
-    if (header.n_layer != expected.n_layer || header.n_cell != expected.n_cell || header.n_cells != expected.n_cells) {
-        throw std::runtime_error(format("rwkv-ms: the state has %u layers, %u values, %u sequences; expected %u, %u, %u",
-                header.n_layer, header.n_cell, header.n_cells, expected.n_layer, expected.n_cell, expected.n_cells));
-    }
+    std::vector<float> cells(llama_rwkv_ms_block_n_cells(header) * states.size() * n_cell);
+    io.read(cells.data(), cells.size() * sizeof(float));
+    llama_rwkv_ms_block_check_cells(weights, header, cells);
 
-    std::vector<std::vector<float>> cells(header.n_cells, std::vector<float>(states.size() * n_cell));
+    if (kind == LLAMA_RWKV_MS_BLOCK_MEMORY) {
+        // the text of the sequence is not the one that this memory is of
+        seq_rm(seq_id, -1, -1);
+    } else {
+        // what the KV cache changes before it fails: cells, but no data, which a read of a buffer sets at its end
+        const auto base = get_base()->state_backup();
+        const auto swa  = get_swa()->state_backup();
 
-    for (auto & data : cells) {
-        io.read(data.data(), data.size() * sizeof(float));
+        try {
+            const size_t i_kv = io.n_bytes();
 
-        const std::string what = check_cell(data.data());
-        if (!what.empty()) {
-            throw std::runtime_error("rwkv-ms: bad state: " + what);
+            llama_kv_cache_iswa::state_read(io, seq_id, flags);
+
+            if (io.n_bytes() - i_kv != header.n_bytes_kv) {
+                throw std::runtime_error(format("it has %zu bytes, not %llu", io.n_bytes() - i_kv, (unsigned long long) header.n_bytes_kv));
+            }
+        } catch (const std::exception & e) {
+            get_base()->state_rollback(base);
+            get_swa()->state_rollback(swa);
+
+            llama_rwkv_ms_state_fail("state-kv", "the KV cache does not take the state (%s): everything is as before", e.what());
         }
     }
 
-    try {
-        llama_kv_cache_iswa::state_read(io, seq_id, flags);
-    } catch (...) {
-        // the KV cache has dropped some of the sequence, the memory of it cannot stay
-        if (seq_id < 0) {
-            clear(true);
-        } else {
-            seq_rm(seq_id, -1, -1);
-        }
-        throw;
-    }
+    const size_t n = states.size() * n_cell;
+    for (uint32_t s = s0; s < s1; ++s) {
+        const auto cell = cells.begin() + (s - s0) * n;
 
-    for (uint32_t s = 0; s < header.n_cells; ++s) {
-        set_cell(seq_id < 0 ? s : seq_id, cells[s]);
+        set_cell(s, { cell, cell + n });
+
+        seqs[s].origin.clear();
+        if (kind == LLAMA_RWKV_MS_BLOCK_MEMORY) {
+            seqs[s].origin.assign(cell, cell + n);
+        } else if (header.flags & LLAMA_RWKV_MS_BLOCK_ORIGIN) {
+            seqs[s].origin.assign(cell + (s1 - s0) * n, cell + (s1 - s0 + 1) * n);
+        }
     }
 }
 
@@ -435,9 +461,53 @@ bool llama_rwkv_ms_set_state(llama_context * ctx, llama_seq_id seq_id, uint32_t 
 
     ggml_rwkv_ms_cell_set(&params, cell.data() + i * ggml_rwkv_ms_n_cell(&params), S, prev, n_tokens);
 
-    if (!mem->check_cell(cell.data()).empty()) {
+    if (!llama_rwkv_ms_cell_check(mem->get_weights(), cell.data()).empty()) {
         return false;
     }
     mem->set_cell(seq_id, cell);
+    return true;
+}
+
+bool llama_rwkv_ms_seq_reset(llama_context * ctx, llama_seq_id seq_id) {
+    auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+    if (!mem) {
+        return false;
+    }
+
+    llama_synchronize(ctx);
+
+    mem->set_cell(seq_id, std::vector<float>(mem->get_cell(seq_id).size(), 0.0f));
+    mem->set_origin(seq_id, {});
+    return true;
+}
+
+bool llama_rwkv_ms_seq_rm_text(llama_context * ctx, llama_seq_id seq_id) {
+    auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+
+    return mem && mem->llama_kv_cache_iswa::seq_rm(seq_id, -1, -1);
+}
+
+bool llama_rwkv_ms_seq_has_origin(llama_context * ctx, llama_seq_id seq_id) {
+    const auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+
+    return mem && !mem->get_origin(seq_id).empty();
+}
+
+bool llama_rwkv_ms_seq_set(llama_context * ctx, llama_seq_id seq_id, bool frozen, float scale) {
+    auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+    if (!mem || !std::isfinite(scale)) {
+        return false;
+    }
+    mem->set_seq_params(seq_id, { frozen, scale });
+    return true;
+}
+
+bool llama_rwkv_ms_seq_get(llama_context * ctx, llama_seq_id seq_id, bool * frozen, float * scale) {
+    const auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+    if (!mem) {
+        return false;
+    }
+    *frozen = mem->get_seq_params(seq_id).frozen;
+    *scale  = mem->get_seq_params(seq_id).scale;
     return true;
 }

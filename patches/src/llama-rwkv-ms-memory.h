@@ -4,6 +4,9 @@
 //
 // The state is valid at one position only, the end of its sequence. What cannot be done with such a state is refused
 // and changes nothing; what removes old text keeps the memory of it, which is what a memory is for.
+//
+// A sequence can start with a memory, its origin, instead of an empty one. Removing all of its text, seq_rm(0, -1), puts
+// the memory back to the origin; removing the sequence, seq_rm(-1, -1), leaves nothing.
 
 #include "llama-kv-cache-iswa.h"
 #include "llama-rwkv-ms-impl.h"
@@ -68,8 +71,21 @@ public:
     std::vector<float> get_cell(uint32_t cell) const;
     void               set_cell(uint32_t cell, const std::vector<float> & data);
 
-    // "" if the values can be a state, else what is wrong with them
-    std::string check_cell(const float * data) const;
+    // what a sequence starts with, empty: an empty memory
+    const std::vector<float> & get_origin(uint32_t cell) const { return seqs[cell].origin; }
+    void                       set_origin(uint32_t cell, const std::vector<float> & data) { seqs[cell].origin = data; }
+
+    // frozen: reads, writes nothing; scale: factor of the deltas. Both stay until they are changed.
+    struct seq_params {
+        bool  frozen = false;
+        float scale  = 1.0f;
+    };
+
+    const seq_params & get_seq_params(llama_seq_id seq_id) const { return seqs[seq_id].params; }
+    void               set_seq_params(llama_seq_id seq_id, const seq_params & params) { seqs[seq_id].params = params; }
+
+    // does the graph have to scale at all
+    bool has_scale() const;
 
     // applies the pending operations; no computation may be running
     void flush();
@@ -87,17 +103,28 @@ private:
 
     // seq_* may be called while a device still computes with the state, so cells change when the next batch is prepared
     struct pending_op {
-        int32_t src; // -1: zero
-        int32_t dst;
+        int32_t            src; // -1: data
+        int32_t            dst;
+        std::vector<float> data; // [n_layer, n_cell], empty: zeros
     };
 
     std::vector<pending_op> pending;
 
+    struct seq_info {
+        std::vector<float> origin;
+        seq_params         params;
+    };
+
+    std::vector<seq_info> seqs; // [n_cells]
+
+    // -1: all. An empty memory and origin, or back to the origin
     void zero(llama_seq_id seq_id);
+    void rewind(llama_seq_id seq_id);
 
     // what removing [p0, p1) of a sequence means for its state
     enum rm_type {
-        RM_KEEP,   // the end stays: so does the state
+        RM_KEEP,   // the end stays, or there is nothing to remove: so does the state
+        RM_TEXT,   // no text stays
         RM_FULL,   // nothing stays
         RM_REFUSE, // an older state would be needed
     };

@@ -98,6 +98,38 @@ LLAMA_API bool llama_rwkv_ms_set_state(
         const float *          prev,
         int64_t                n_tokens);
 
+//
+// Saved memories: see docs/state-format.md. States of sequences and contexts (llama_state_*) carry the memory with them and
+// are checked before anything is changed; a failed call leaves everything as it was.
+//
+
+// With llama_state_seq_*_ext: the memory of the sequence alone. Loading it removes the text of the sequence, whose next
+// position is then 0. The sequence starts with it: llama_memory_seq_rm(mem, seq_id, 0, -1) returns to it,
+// llama_memory_seq_rm(mem, seq_id, -1, -1) drops it too.
+#define LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY 0x10000
+
+// the same as a file; return its bytes, 0 on failure
+LLAMA_API size_t llama_rwkv_ms_state_save_file(struct llama_context * ctx, const char * path, llama_seq_id seq_id);
+LLAMA_API size_t llama_rwkv_ms_state_load_file(struct llama_context * ctx, const char * path, llama_seq_id seq_id);
+
+// why the last saving or loading call failed in this thread, "[reason] text" in one line; "" if none did since it was cleared
+LLAMA_API const char * llama_rwkv_ms_state_error(void);
+LLAMA_API void         llama_rwkv_ms_state_error_clear(void);
+
+// empties the memory of a sequence, its text stays
+LLAMA_API bool llama_rwkv_ms_seq_reset(struct llama_context * ctx, llama_seq_id seq_id);
+
+// removes the text of a sequence, its memory stays as it is
+LLAMA_API bool llama_rwkv_ms_seq_rm_text(struct llama_context * ctx, llama_seq_id seq_id);
+
+// does the sequence start with a loaded memory
+LLAMA_API bool llama_rwkv_ms_seq_has_origin(struct llama_context * ctx, llama_seq_id seq_id);
+
+// frozen: the sequence reads its memory and writes nothing; scale: factor of its deltas, 0 is the base, 1 the default.
+// For the batches that follow, until it is changed.
+LLAMA_API bool llama_rwkv_ms_seq_set(struct llama_context * ctx, llama_seq_id seq_id, bool   frozen, float   scale);
+LLAMA_API bool llama_rwkv_ms_seq_get(struct llama_context * ctx, llama_seq_id seq_id, bool * frozen, float * scale);
+
 // Runs one target layer on the CPU over host arrays, with the graph that the model runs: for tests and fixtures.
 // Tensors are given by their sidecar short names ("mem_v", "rwkv.x_r", "delta_q", ...) in torch layout, F32.
 // If features != NULL, the weights and h are not used: the scan runs on the given per-token features

@@ -33,6 +33,29 @@ def logits_and_states(base: Path, sidecar: Path, ids: np.ndarray, **options: Any
         return context.decode(ids), context.states()
 
 
+def logits_after_kv_dropped(
+    base: Path, sidecar: Path, first: np.ndarray, second: np.ndarray, path: Path, **options: Any
+) -> tuple[np.ndarray, list[State]]:
+    """Logits of the second ids on the memory of the first: saved alone, everything dropped, loaded, from position 0."""
+    with (
+        Model.open(base, sidecar) as model,
+        _context(model, max(len(first), len(second)), options) as before,
+        _context(model, max(len(first), len(second)), options) as after,
+    ):
+        before.decode(first)
+        before.save_memory(path)
+        after.decode(second[::-1])  # something to be dropped
+        after.load_memory(path)
+        return after.decode(second), after.states()
+
+
+def logits_at_scale(base: Path, sidecar: Path, ids: np.ndarray, *, frozen: bool = False, scale: float = 1.0) -> np.ndarray:
+    """Logits with the memory's deltas multiplied, or with a memory that is not written to."""
+    with Model.open(base, sidecar) as model, _context(model, len(ids), {}) as context:
+        context.set_memory(frozen=frozen, scale=scale)
+        return context.decode(ids)
+
+
 def continue_after(
     base: Path, sidecar: Path | None, ids: np.ndarray, n_before: int, how: str
 ) -> tuple[np.ndarray, np.ndarray, list[State], list[State]]:

@@ -46,7 +46,7 @@ static void test_save_load(llama_model * base, llama_model * model) {
         printf("  continued in another context: %.1e\n", max_diff(want, got));
         CHECK(max_diff(want, got) < 2e-2);
     }
-    // one that a base has saved, one with a NaN, one that ends early
+    // one that a base has saved
     {
         ctx_ptr ctx_base = ctx_init(base, 2, false);
         CHECK(decode(ctx_base.get(), text(0, 70, 1)) == 0);
@@ -59,15 +59,6 @@ static void test_save_load(llama_model * base, llama_model * model) {
         CHECK(llama_state_seq_set_data(ctx.get(), of_base.data(), of_base.size(), 1) == 0);
         CHECK(last_error.find("no memory in it") != std::string::npos);
         CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
-
-        auto        bad = seq;
-        const float nan = NAN;
-        std::copy((const uint8_t *) &nan, (const uint8_t *) &nan + sizeof(nan), bad.begin() + 200);
-        CHECK(llama_state_seq_set_data(ctx.get(), bad.data(), bad.size(), 1) == 0);
-        CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0);
-
-        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size() / 2, 1) == 0);
-        CHECK(is_zero(state(ctx.get(), 1)) && llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 1) == -1);
     }
 }
 
@@ -97,6 +88,117 @@ static void test_checkpoint(llama_model * model) {
     CHECK(max_diff(want, got) < 2e-2);
 }
 
+// A memory alone: the text goes, the memory stays; what is returned to when text is removed, and what drops it.
+static void test_memory_only(llama_model * model) {
+    ctx_ptr ctx = ctx_init(model, 2, true);
+    auto *  mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
+    const auto remembered = state(ctx.get(), 0);
+
+    const llama_state_seq_flags flags = LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY;
+    std::vector<uint8_t>        data(llama_state_seq_get_size_ext(ctx.get(), 0, flags));
+    CHECK(llama_state_seq_get_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
+    printf("  %zu bytes\n", data.size());
+
+    // into another sequence that has text
+    CHECK(decode(ctx.get(), text(1, 30, 2)) == 0);
+    CHECK(!llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(llama_state_seq_set_data_ext(ctx.get(), data.data(), data.size(), 1, flags) == data.size());
+    CHECK(llama_memory_seq_pos_max(mem, 1) == -1 && llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(max_diff(remembered, state(ctx.get(), 1)) == 0.0);
+
+    // the server's first step with an empty sequence changes nothing
+    CHECK(llama_memory_seq_rm(mem, 1, 0, -1));
+    CHECK(max_diff(remembered, state(ctx.get(), 1)) == 0.0);
+
+    std::vector<std::vector<float>> first, again, blank;
+    CHECK(decode(ctx.get(), text(1, 20, 3), &first) == 0);
+    CHECK(max_diff(remembered, state(ctx.get(), 1)) > 0.0);
+
+    // all text removed: from the start
+    CHECK(llama_memory_seq_rm(mem, 1, 0, -1));
+    CHECK(max_diff(remembered, state(ctx.get(), 1)) == 0.0);
+    CHECK(decode(ctx.get(), text(1, 20, 3), &again) == 0);
+    CHECK(max_diff(first, again) < 1e-3);
+
+    // a saved sequence remembers what it started with
+    std::vector<uint8_t> seq(llama_state_seq_get_size(ctx.get(), 1));
+    CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 1) == seq.size());
+    CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
+    CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size(), 0) == seq.size());
+    CHECK(llama_rwkv_ms_seq_has_origin(ctx.get(), 0) && llama_memory_seq_pos_max(mem, 0) == 19);
+    CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
+    CHECK(max_diff(remembered, state(ctx.get(), 0)) == 0.0);
+
+    // so does a copy
+    llama_memory_seq_rm(mem, 0, -1, -1);
+    llama_memory_seq_cp(mem, 1, 0, -1, -1);
+    CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
+    CHECK(max_diff(remembered, state(ctx.get(), 0)) == 0.0);
+
+    // text alone removed, memory alone emptied
+    const auto now = state(ctx.get(), 1);
+    CHECK(llama_rwkv_ms_seq_rm_text(ctx.get(), 1));
+    CHECK(max_diff(now, state(ctx.get(), 1)) == 0.0 && llama_memory_seq_pos_max(mem, 1) == -1);
+    CHECK(llama_rwkv_ms_seq_reset(ctx.get(), 1));
+    CHECK(is_zero(state(ctx.get(), 1)) && !llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(decode(ctx.get(), text(1, 20, 3), &blank) == 0);
+    CHECK(max_diff(first, blank) > 1e-3);
+
+    // dropped: nothing is left
+    CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
+    CHECK(is_zero(state(ctx.get(), 0)) && !llama_rwkv_ms_seq_has_origin(ctx.get(), 0));
+}
+
+static std::vector<std::vector<float>> rows(const std::vector<std::vector<float>> & x, size_t i0, size_t i1) {
+    return { x.begin() + i0, x.begin() + i1 };
+}
+
+// Frozen: the state stays bit for bit. Scaled by 0: the base's logits. Each sequence for itself, in one batch too.
+static void test_frozen_scaled(llama_model * base, llama_model * model) {
+    ctx_ptr ctx_base = ctx_init(base, 2, true);
+    ctx_ptr ctx      = ctx_init(model, 2, true);
+
+    std::vector<std::vector<float>> want, got, full;
+    CHECK(decode(ctx_base.get(), text(0, 50, 1), &want) == 0);
+
+    CHECK(llama_rwkv_ms_seq_set(ctx.get(), 0, false, 0.0f));
+    CHECK(decode(ctx.get(), text(0, 50, 1), &got) == 0);
+    CHECK(max_diff(want, got) == 0.0);
+    CHECK(!is_zero(state(ctx.get(), 0))); // it was written all the same
+
+    // the other sequence is not scaled, also where both are in one batch
+    CHECK(decode(ctx.get(), text(1, 50, 1), &full) == 0);
+    CHECK(max_diff(want, full) > 1e-3);
+
+    auto both = text(0, 10, 5, 50);
+    for (const auto & t : text(1, 10, 6, 50)) {
+        both.push_back(t);
+    }
+    std::vector<std::vector<float>> mixed, want_mixed;
+    CHECK(decode(ctx_base.get(), text(1, 50, 1)) == 0);
+    CHECK(decode(ctx_base.get(), both, &want_mixed) == 0);
+    const auto before = state(ctx.get(), 1);
+    CHECK(llama_rwkv_ms_seq_set(ctx.get(), 1, true, 1.0f));
+    CHECK(decode(ctx.get(), both, &mixed) == 0);
+    CHECK(max_diff(rows(want_mixed, 0, 10), rows(mixed, 0, 10)) < 1e-4);
+    CHECK(max_diff(rows(want_mixed, 10, 20), rows(mixed, 10, 20)) > 1e-3);
+    CHECK(max_diff(before, state(ctx.get(), 1)) == 0.0); // frozen
+
+    bool  frozen = false;
+    float scale  = 0.0f;
+    CHECK(llama_rwkv_ms_seq_get(ctx.get(), 1, &frozen, &scale) && frozen && scale == 1.0f);
+    CHECK(!llama_rwkv_ms_seq_set(ctx.get(), 1, false, NAN) && !llama_rwkv_ms_seq_set(ctx.get(), 2, false, 1.0f));
+
+    // back to normal, a graph without the scale: as if nothing had been
+    CHECK(llama_rwkv_ms_seq_set(ctx.get(), 0, false, 1.0f) && llama_rwkv_ms_seq_set(ctx.get(), 1, false, 1.0f));
+    llama_memory_clear(llama_get_memory(ctx.get()), true);
+    std::vector<std::vector<float>> normal;
+    CHECK(decode(ctx.get(), text(1, 50, 1), &normal) == 0);
+    CHECK(max_diff(full, normal) < 2e-2);
+}
+
 int main(int argc, char ** argv) {
     const char * path         = argc == 3 ? argv[1] : LLAMAMEM_TEST_DATA "/model_a/model-f32.gguf";
     const char * path_sidecar = argc == 3 ? argv[2] : LLAMAMEM_TEST_DATA "/model_a/sidecar-v1.gguf";
@@ -109,5 +211,7 @@ int main(int argc, char ** argv) {
     return run_tests({
             { "save and load", [&] { test_save_load(base.get(), model.get()); } },
             { "checkpoint", [&] { test_checkpoint(model.get()); } },
+            { "a memory alone", [&] { test_memory_only(model.get()); } },
+            { "frozen and scaled", [&] { test_frozen_scaled(base.get(), model.get()); } },
     });
 }
