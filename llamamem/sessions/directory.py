@@ -85,14 +85,7 @@ class DirectoryStore:
         return saved
 
     def entries(self) -> list[Entry]:
-        with self._reported():
-            keys = {path.name[:64] for path in self._files()}
-        found = []
-        for key in keys:
-            with self._change(key):
-                if self._files(key):  # it may be gone by now
-                    found.append(self._entry(key))
-        return sorted(found, key=lambda entry: entry.label)
+        return sorted((entry for _, entry in self._each()), key=lambda entry: entry.label)
 
     def remove(self, name: str) -> None:
         key = _key(check_name(name))
@@ -104,21 +97,24 @@ class DirectoryStore:
     def prune(self, older_than: timedelta) -> list[str]:
         limit = now() - older_than
         removed = []
-        for entry in self.entries():
-            if entry.session is None or entry.fault is not None or entry.session.used >= limit:
-                continue
-            key = _key(entry.label)
-            with self._change(key):
-                again = self._entry(key) if self._files(key) else None
-                # it may have been used since it was listed
-                if again and again.session and not again.fault and again.session.used < limit:
-                    self._remove(key)
-                    removed.append(entry.label)
-        return removed
+        for key, entry in self._each():
+            if entry.session and entry.fault is None and entry.session.used < limit:
+                self._remove(key)
+                removed.append(entry.label)
+        return sorted(removed)
 
     def total_bytes(self) -> int:
         with self._reported():
             return sum(path.stat().st_size for path in self._files() if path.suffix == ".state")
+
+    def _each(self) -> Iterator[tuple[str, Entry]]:
+        """The sessions one by one, each locked while the caller has it."""
+        with self._reported():
+            keys = {path.name[:64] for path in self._files()}
+        for key in keys:
+            with self._change(key):
+                if self._files(key):  # it may be gone by now
+                    yield key, self._entry(key)
 
     def _entry(self, key: str) -> Entry:
         label, session = str(self._json(key)), None

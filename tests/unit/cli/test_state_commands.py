@@ -126,6 +126,12 @@ def test_a_picture(llamamem: Run, model_a: Path, p1: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["p1.png"]
 
 
+def test_too_much_for_a_picture(llamamem: Run, recorded: dict[str, State], tmp_path: Path) -> None:
+    state = recorded["p0"]
+    path = write_state(tmp_path / "many.state", replace(state, S=np.concatenate([state.S] * 32, axis=3))).path
+    one_line(llamamem("state", "show", path, "--png", tmp_path / "p.png"), "768 matrices are too many")
+
+
 def test_a_picture_without_matplotlib(llamamem: Run, p1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     one_line(llamamem("state", "show", p1, "--png", tmp_path / "p.png"), "matplotlib", "llamamem[plots]")

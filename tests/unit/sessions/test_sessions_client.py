@@ -187,6 +187,7 @@ def test_a_server_that_dies_in_a_turn_leaves_the_session(
 ) -> None:
     sessions.start("alice")
     sessions.turn("alice", "hello", 0)
+    sessions.resume("alice", 0)
     loaded, state = sessions.store.load("alice")
     getattr(server, moment)[action] = die
     with pytest.raises(LlamamemError, match="is the server running"):
