@@ -17,7 +17,10 @@ from llamamem.errors import LlamamemError
 
 __all__ = ["app", "main"]
 
-VERBS = ("build", "vendor", "serve", "smoke", "demo", "fixture", "sidecar", "state", "session", "parity", "bench", "doctor")
+VERBS = (
+    *("build", "vendor", "serve", "smoke", "demo", "sidecar", "state", "session"),
+    *("fixture", "parity", "bench", "doctor"),
+)
 
 app = typer.Typer(
     name="llamamem",

@@ -261,7 +261,7 @@ class Context:
         self._memory_call("llama_rwkv_ms_seq_reset", seq)
 
     def set_memory(self, seq: int = 0, *, frozen: bool = False, scale: float = 1.0) -> None:
-        """From now on the sequence writes nothing if `frozen`, and its deltas are multiplied by `scale` (0: the base)."""
+        """From now on: writes nothing if `frozen`, and the deltas are multiplied by `scale` (0: the base)."""
         self._memory_call("llama_rwkv_ms_seq_set", seq, frozen, scale)
 
     def clear(self) -> None:
@@ -321,7 +321,7 @@ class Context:
     def load_memory(self, path: str | os.PathLike[str], seq: int = 0) -> None:
         """Puts it into a sequence, whose text is removed: it goes on at position 0, with what is remembered.
 
-        Raises LlamamemError with the exact reason, and nothing changed, for a file that is damaged or not of this model.
+        Raises LlamamemError with the exact reason, and nothing changed, for a file that is damaged or another model's.
         """
         self._memory_call("llama_rwkv_ms_state_load_file", os.fsencode(path), seq)
 

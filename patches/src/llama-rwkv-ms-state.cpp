@@ -16,12 +16,12 @@
 #include <stdexcept>
 
 #if defined(_WIN32)
-#    include <io.h>
-#    include <process.h>
-#    include <windows.h>
+#include <io.h>
+#include <process.h>
+#include <windows.h>
 #else
-#    include <fcntl.h>
-#    include <unistd.h>
+#include <fcntl.h>
+#include <unistd.h>
 #endif
 
 static const uint32_t RWKV_MS_BLOCK_VERSION   = 1;
@@ -257,10 +257,9 @@ static const uint32_t RWKV_MS_SEQ_MAGIC  = 0xaf143cd8;
 static const size_t   RWKV_MS_SEQ_PREFIX = 8;
 
 uint32_t llama_rwkv_ms_block_kind_of(llama_seq_id seq_id, llama_state_seq_flags flags) {
-    return flags & LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY ? LLAMA_RWKV_MS_BLOCK_MEMORY :
-            flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY ? LLAMA_RWKV_MS_BLOCK_PARTIAL :
-            seq_id < 0                                 ? LLAMA_RWKV_MS_BLOCK_CONTEXT :
-                                                         LLAMA_RWKV_MS_BLOCK_SEQ;
+    return flags & LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY ? LLAMA_RWKV_MS_BLOCK_MEMORY : flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY ? LLAMA_RWKV_MS_BLOCK_PARTIAL
+            : seq_id < 0                                                                                                        ? LLAMA_RWKV_MS_BLOCK_CONTEXT
+                                                                                                                                : LLAMA_RWKV_MS_BLOCK_SEQ;
 }
 
 void llama_rwkv_ms_state_check(const llama_context & ctx, const uint8_t * data, size_t size, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -473,8 +472,7 @@ size_t llama_rwkv_ms_state_load(
         llama_token *         tokens_out,
         size_t                n_capacity,
         size_t *              n_tokens) {
-    auto file = seq_id < 0 ? llama_rwkv_ms_file_read(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION) :
-                             llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION);
+    auto file = seq_id < 0 ? llama_rwkv_ms_file_read(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION) : llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION);
 
     if (n_tokens) {
         *n_tokens = file.tokens.size();

@@ -127,7 +127,7 @@ LLAMA_API bool llama_rwkv_ms_seq_has_origin(struct llama_context * ctx, llama_se
 
 // frozen: the sequence reads its memory and writes nothing; scale: factor of its deltas, 0 is the base, 1 the default.
 // For the batches that follow, until it is changed.
-LLAMA_API bool llama_rwkv_ms_seq_set(struct llama_context * ctx, llama_seq_id seq_id, bool   frozen, float   scale);
+LLAMA_API bool llama_rwkv_ms_seq_set(struct llama_context * ctx, llama_seq_id seq_id, bool frozen, float scale);
 LLAMA_API bool llama_rwkv_ms_seq_get(struct llama_context * ctx, llama_seq_id seq_id, bool * frozen, float * scale);
 
 // Runs one target layer on the CPU over host arrays, with the graph that the model runs: for tests and fixtures.

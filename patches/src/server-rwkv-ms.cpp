@@ -199,8 +199,7 @@ common_json server_rwkv_ms_action(
 
         llama_rwkv_ms_state_error_clear();
 
-        const size_t n_bytes = is_save ? llama_rwkv_ms_state_save_file(ctx, filepath.c_str(), seq_id) :
-                                         llama_rwkv_ms_state_load_file(ctx, filepath.c_str(), seq_id);
+        const size_t n_bytes = is_save ? llama_rwkv_ms_state_save_file(ctx, filepath.c_str(), seq_id) : llama_rwkv_ms_state_load_file(ctx, filepath.c_str(), seq_id);
         if (n_bytes == 0) {
             throw std::runtime_error(server_rwkv_ms_state_error(seq_id, "the memory cannot be saved or restored: see the log"));
         }

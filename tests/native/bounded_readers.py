@@ -2,8 +2,8 @@
 
     python bounded_readers.py MIB SECONDS < paths, one a line
 
-MIB of memory and SECONDS of processor time more than it has when both readers are there, and no byte may be written to a
-file. Prints one line of JSON for each path: what the first reader says and the second, null where the file loads; and
+MIB of memory and SECONDS of processor time more than it has when both readers are there, and no byte may be written to
+a file. Prints one line of JSON for each path: what the first reader says and the second, null where the file loads; and
 the figures at the end: MiB that were taken at most, seconds, and the slowest path of each.
 """
 

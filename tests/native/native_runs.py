@@ -49,7 +49,9 @@ def logits_after_kv_dropped(
         return after.decode(second), after.states()
 
 
-def logits_at_scale(base: Path, sidecar: Path, ids: np.ndarray, *, frozen: bool = False, scale: float = 1.0) -> np.ndarray:
+def logits_at_scale(
+    base: Path, sidecar: Path, ids: np.ndarray, *, frozen: bool = False, scale: float = 1.0
+) -> np.ndarray:
     """Logits with the memory's deltas multiplied, or with a memory that is not written to."""
     with Model.open(base, sidecar) as model, _context(model, len(ids), {}) as context:
         context.set_memory(frozen=frozen, scale=scale)

@@ -160,10 +160,9 @@ static void test_refused(llama_model * model, llama_model * model_other, llama_m
                 flip(i, { "[state-checksum]" });
             }
             for (size_t i = end; i < good.size(); ++i) {
-                flip(i, i < end + 4 ? std::set<std::string>{ "[state-truncated]" } :
-                            i < end + 8 ? std::set<std::string>{ "[state-version]" } :
-                            i < end + 16 ? std::set<std::string>{ "[state-truncated]" } :
-                                           std::set<std::string>{ "[state-checksum]" });
+                flip(i, i < end + 4 ? std::set<std::string>{ "[state-truncated]" } : i < end + 8 ? std::set<std::string>{ "[state-version]" }
+                                : i < end + 16                                                   ? std::set<std::string>{ "[state-truncated]" }
+                                                                                                 : std::set<std::string>{ "[state-checksum]" });
             }
             // payload
             for (int i = 0; i < (unified ? 2000 : 200); ++i) {
@@ -202,8 +201,8 @@ static void test_refused(llama_model * model, llama_model * model_other, llama_m
 
             // of another sidecar, of a base alone; and into a base
             {
-                live        other(model_other, unified);
-                const auto  path_other = dir / "other";
+                live       other(model_other, unified);
+                const auto path_other = dir / "other";
                 CHECK(kind.save(other.ctx.get(), path_other.string().c_str()));
                 try_it(file_read(path_other), { "[state-identity]" }, "of another sidecar");
 
