@@ -97,10 +97,11 @@ class DirectoryStore:
     def prune(self, older_than: timedelta) -> list[str]:
         limit = now() - older_than
         removed = []
-        for key, entry in self._each():
-            if entry.session and entry.fault is None and entry.session.used < limit:
-                self._remove(key)
-                removed.append(entry.label)
+        with self._reported():
+            for key, entry in self._each():
+                if entry.session and entry.fault is None and entry.session.used < limit:
+                    self._remove(key)
+                    removed.append(entry.label)
         return sorted(removed)
 
     def total_bytes(self) -> int:

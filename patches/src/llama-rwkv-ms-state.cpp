@@ -156,6 +156,14 @@ static void rwkv_ms_block_check_version(const llama_rwkv_ms_block_header & heade
     }
 }
 
+// a text and then zeros; none unless a tool made the state
+static bool rwkv_ms_note_check(const llama_rwkv_ms_block_header & header) {
+    const std::string note(header.note, sizeof(header.note));
+    const size_t      n = header.flags & LLAMA_RWKV_MS_BLOCK_DERIVED ? std::min(note.find('\0'), note.size()) : 0;
+
+    return note.find_first_not_of('\0', n) == std::string::npos;
+}
+
 void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint32_t kind, uint32_t n_cells) {
     rwkv_ms_block_check_version(header);
 
@@ -178,7 +186,8 @@ void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_m
 
     if (header.n_layer != expected.n_layer || header.n_head != expected.n_head || header.n_state != expected.n_state || header.rank != expected.rank ||
             header.n_chunk != expected.n_chunk || header.semantics != expected.semantics || header.n_cell != expected.n_cell ||
-            header.zero != 0 || (header.flags & ~flags) != 0) {
+            header.zero != 0 || (header.flags & ~flags) != 0 || (kind == LLAMA_RWKV_MS_BLOCK_MEMORY && header.n_bytes_kv != 0) ||
+            !rwkv_ms_note_check(header)) {
         llama_rwkv_ms_state_fail("state-shape", "the state has %u layers of %u values, this model %u of %u, or their parts differ",
                 header.n_layer, header.n_cell, expected.n_layer, expected.n_cell);
     }
@@ -214,7 +223,7 @@ std::string llama_rwkv_ms_cell_check(const llama_rwkv_ms & weights, const float 
         const float n_lo = cell[n_cell - 2];
         const float n_hi = cell[n_cell - 1];
 
-        if (n_lo < 0 || n_lo >= n_period || n_lo != std::floor(n_lo) || n_hi < 0 || n_hi != std::floor(n_hi)) {
+        if (n_lo < 0 || n_lo >= n_period || n_lo != std::floor(n_lo) || n_hi < 0 || n_hi > (1 << 24) || n_hi != std::floor(n_hi)) {
             return format("layer %d: the token counter is out of range", layer.il);
         }
         cell += n_cell;
@@ -482,6 +491,13 @@ size_t llama_rwkv_ms_state_load(
     }
     if (tokens_out && file.tokens.size() > n_capacity) {
         llama_rwkv_ms_state_fail("state-kv", "'%s' has %zu tokens, there is room for %zu", path, file.tokens.size(), n_capacity);
+    }
+
+    // a sequence is refused for what it is
+    llama_rwkv_ms_block_header header = {};
+    memcpy(&header, file.data.data() + file.i_state, std::min(file.n_state, sizeof(header)));
+    if (header.kind == LLAMA_RWKV_MS_BLOCK_MEMORY && !file.tokens.empty()) {
+        llama_rwkv_ms_state_fail("state-shape", "'%s' is a memory alone, and has %zu tokens", path, file.tokens.size());
     }
 
     uint8_t * data = file.data.data() + file.i_state;

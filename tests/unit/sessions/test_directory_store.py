@@ -118,6 +118,15 @@ def test_a_full_disk_in_a_save_is_one_line_and_leaves_the_old_session(
     assert state == memory(loaded.generation, loaded.generation).data
 
 
+def test_a_file_that_cannot_be_removed_is_one_line(place: DirectoryStore, memory: MakeMemory) -> None:
+    place.save(place.create("alice"), memory(1, 1))
+    denied = OSError(errno.EACCES, "Permission denied")
+    for use in (lambda: place.remove("alice"), lambda: place.prune(timedelta(days=-1))):
+        with pytest.raises(LlamamemError, match="Permission denied"), stopped_at(0, "before", denied):
+            use()
+    assert place.load("alice")[1] == memory(1, 1).data
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", range(8))
 def test_a_crash_in_a_copy_leaves_all_or_nothing_or_what_is_reported(
