@@ -41,7 +41,7 @@ def test_a_session_without_memory_is_refused(tmp_path: Path) -> None:
     assert complete(PROMPT, "--prompt-cache", session, sidecar=False, n=1).returncode == 0
     refused = complete(PROMPT + " and more words", "--rwkv-ms-mode", "fused", "--prompt-cache", session)
     assert refused.returncode == 1
-    assert b"the state has no memory in it" in refused.stderr
+    assert b"[state-no-memory]" in refused.stderr
 
 
 @pytest.mark.parametrize(
