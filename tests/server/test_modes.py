@@ -90,7 +90,8 @@ def test_props_and_slots_say_what_memory_is_live(serve: Serve, model: Path, side
     slots = running.client.slots()
     assert len(slots) == (4 if profile == "batched" else 1)
     for slot in slots:
-        assert slot["rwkv_ms"] == {"tokens_written": 0, "current_state": 0, "norms": [0.0] * len(layers)}
+        empty = {"tokens_written": 0, "current_state": 0, "norms": [0.0] * len(layers)}
+        assert slot["rwkv_ms"] == {**empty, "frozen": False, "scale": 1.0}
     generate(running.client, random_prompt(1, chunk + 5 if chunk < 500 else 50), 2, id_slot=0)
     state = running.client.slots()[0]["rwkv_ms"]
     n = (chunk + 5 if chunk < 500 else 50) + 1

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -29,7 +30,10 @@ def refused(running: Running, action: str, filename: str) -> str:
     assert answer.status_code == 400, answer.text
     message: str = answer.json()["error"]["message"]
     reason = message[message.index("[") + 1 : message.index("]")]
-    assert f"rolled back, nothing is changed: [{reason}]" in running.log
+    said, deadline = f"rolled back, nothing is changed: [{reason}]", time.monotonic() + 10
+    while said not in running.log and time.monotonic() < deadline:
+        time.sleep(0.02)  # the server writes its log in a thread of its own
+    assert said in running.log
     return reason
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.state import MEMORY, Identity, State, encode_state, read_state
-from llamamem.sessions import Memory
+from llamamem.sessions import Memory, Sessions
 
 IDENTITY = Identity("5c" * 32, "ba" * 32)
 
@@ -78,6 +78,15 @@ class FakeServer:
     def __exit__(self, *_: object) -> None:
         self._http.shutdown()
         self._http.server_close()
+
+    @property
+    def actions(self) -> list[str]:
+        return [action for action, _ in self.asked]
+
+    @property
+    def left(self) -> list[str]:
+        """The files in the slot directory, but for what sessions note beside the slots."""
+        return [path.name for path in self.slot_dir.iterdir() if not path.name.startswith(".llamamem-")]
 
     def props(self) -> dict[str, Any]:
         props: dict[str, Any] = {"total_slots": len(self.slots)}
@@ -166,6 +175,22 @@ class FakeServer:
                 pass
 
         return Handler
+
+
+def refuse(text: str) -> Callable[[Slot], None]:
+    def hook(_: Slot) -> None:
+        raise Refused(text)
+
+    return hook
+
+
+def die(_: Slot) -> None:
+    raise Died
+
+
+def talk(sessions: Sessions, slot: int, text: str) -> str:
+    """A request that knows nothing of sessions."""
+    return str(sessions.client.completion(text, id_slot=slot, cache_prompt=False)["content"])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
