@@ -71,6 +71,20 @@ def seal(body: bytes) -> bytes:
     return body + struct.pack("<4sIQ", b"RMVE", 1, len(body)) + hashlib.sha256(body).digest()
 
 
+def edited(data: bytes, header: dict[int, bytes]) -> bytes:
+    """A real file with other bytes in the header of its block, by offset there, and every hash right again."""
+    at = data.index(b"RMVS")
+    (kv,) = struct.unpack_from("<Q", data, at + 48)
+    block, rest = bytearray(data[at : len(data) - 48 - kv]), data[len(data) - 48 - kv : len(data) - 48]
+    for offset, value in header.items():
+        block[offset : offset + len(value)] = value
+    if 56 not in header:
+        block[56:88] = hashlib.sha256(block[128:192]).digest()
+    block[88:120] = bytes(32)
+    block[88:120] = hashlib.sha256(block).digest()
+    return seal(data[:at] + bytes(block) + rest)
+
+
 def u32(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}I", *values)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from server_runs import Running, Serve, generate, random_prompt
+from state_files import edited, u32
 
 from llamamem.errors import LlamamemError
 from llamamem.serving.client import Client
@@ -24,17 +27,28 @@ def post(running: Running, action: str, slot: int = 0, **body: object) -> httpx.
     return running.client.request("POST", f"/slots/{slot}", params={"action": action}, json=body)
 
 
-def refused(running: Running, action: str, filename: str) -> str:
-    """The reason with which the server refuses a file."""
-    answer = post(running, action, filename=filename)
+def reason_of(answer: httpx.Response) -> str:
     assert answer.status_code == 400, answer.text
     message: str = answer.json()["error"]["message"]
-    reason = message[message.index("[") + 1 : message.index("]")]
-    said, deadline = f"rolled back, nothing is changed: [{reason}]", time.monotonic() + 10
-    while said not in running.log and time.monotonic() < deadline:
-        time.sleep(0.02)  # the server writes its log in a thread of its own
-    assert said in running.log
+    return message[message.index("[") + 1 : message.index("]")]
+
+
+def refused(running: Running, action: str, filename: str) -> str:
+    """The reason with which the server refuses a file."""
+    reason = reason_of(post(running, action, filename=filename))
+    wait_for_log(running, Counter([reason]))
     return reason
+
+
+def wait_for_log(running: Running, reasons: Counter[str]) -> None:
+    """The log has a line for each refusal; the server writes it in a thread of its own."""
+    deadline = time.monotonic() + 10
+    while True:
+        said = Counter(re.findall(r"rolled back, nothing is changed: \[(.*?)\]", running.log))
+        if reasons <= said or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    assert reasons <= said
 
 
 @pytest.mark.parametrize(("save", "restore"), [("save", "restore"), ("memory-save", "memory-restore")])
@@ -60,26 +74,43 @@ def test_a_damaged_file_is_refused_and_both_slots_go_on_as_if_nothing_had_been_t
     running, texts = start()
     assert post(running, save, filename="good.bin").status_code == 200
     good = (tmp_path / "good.bin").read_bytes()
-    block = good.index(b"RMVS")
+    block, end = good.index(b"RMVS"), len(good) - 48
     rng = random.Random(3)
-    places = [
-        *((at, "state-checksum") for at in rng.sample(range(block, block + 320), 40)),
-        *((at, "state-checksum") for at in rng.sample(range(block + 320, len(good) - 48), 60)),
-        *((at, "state-format") for at in range(8)),
-    ]
-    for at, reason in places:
+    found: Counter[str] = Counter()
+
+    def try_it(data: bytes) -> str:
+        (tmp_path / "bad.bin").write_bytes(data)
+        reason = reason_of(post(running, restore, filename="bad.bin"))
+        found[reason] += 1
+        return reason
+
+    def flip(at: int) -> str:
         bad = bytearray(good)
         bad[at] ^= 1 << rng.randrange(8)
-        (tmp_path / "bad.bin").write_bytes(bad)
-        assert refused(running, restore, "bad.bin") == reason
-    for size in rng.sample(range(len(good)), 40):
-        (tmp_path / "bad.bin").write_bytes(good[:size])
-        assert refused(running, restore, "bad.bin") == "state-truncated"
-    (tmp_path / "bad.bin").write_bytes(good + b"junk")
-    assert refused(running, restore, "bad.bin") == "state-truncated"
+        return try_it(bytes(bad))
+
+    # headers: of the file, of the block, of the trailer
+    assert {flip(at) for at in range(8)} == {"state-format"}
+    assert {flip(at) for at in range(8, 12)} <= {"state-checksum", "state-truncated"}
+    assert {flip(at) for at in range(12, block + 320)} == {"state-checksum"}
+    assert {flip(at) for at in (*range(end, end + 4), *range(end + 8, end + 16))} == {"state-truncated"}
+    assert {flip(at) for at in range(end + 4, end + 8)} == {"state-version"}
+    assert {flip(at) for at in range(end + 16, len(good))} == {"state-checksum"}
+    # payload
+    assert {flip(rng.randrange(block + 320, end)) for _ in range(2000)} == {"state-checksum"}
+    # cut, and more behind it
+    assert {try_it(good[: rng.randrange(len(good))]) for _ in range(200)} == {"state-truncated"}
+    assert {try_it(good + more) for more in (b"j", b"junk" * 12, good)} == {"state-truncated"}
+    # honest files of another sidecar, of another base, of a later version
+    assert try_it(edited(good, {128: bytes(32)})) == "state-identity"
+    assert try_it(edited(good, {160: bytes(32)})) == "state-identity"
+    assert try_it(edited(good, {4: u32(2)})) == "state-version"
+    wait_for_log(running, found)
     assert refused(running, restore, "missing.bin") == "state-unreadable"
     assert post(running, restore, filename="../good.bin").status_code == 400
     assert go_on(running, texts) == undisturbed
+    (tmp_path / "bad.bin").write_bytes(edited(good, {}))  # what is edited above is refused for nothing else
+    assert post(running, restore, filename="bad.bin").status_code == 200
 
 
 def test_a_state_of_another_kind_of_server_is_refused(serve: Serve, tmp_path: Path) -> None:
