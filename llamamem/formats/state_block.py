@@ -32,6 +32,7 @@ STATE_REASONS = {
     "state-shape": "the memory has another shape",
     "state-values": "the memory holds a NaN, an infinity or an impossible counter",
     "state-kv": "the KV cache cannot take what was saved",
+    "state-unwritable": "a file cannot be written there",
 }
 
 GGSQ, GGSN = 0x67677371, 0x6767736E

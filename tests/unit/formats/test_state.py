@@ -77,6 +77,12 @@ def test_the_document_names_the_reasons_and_their_order() -> None:
     assert reasons == list(STATE_REASONS)
 
 
+def test_the_reasons_are_those_of_the_runtime() -> None:
+    sources = (Path(__file__).parents[3] / "patches/src").glob("llama-rwkv-ms*.cpp")
+    codes = {code for p in sources for code in re.findall(r'"(state-[a-z-]+)"', p.read_text(encoding="utf-8"))}
+    assert codes == STATE_REASONS.keys()
+
+
 def test_the_header_of_the_document_has_no_gaps() -> None:
     at = 0
     for offset, size, _ in header_fields():
@@ -268,7 +274,7 @@ def test_a_file_is_refused(reason: str, file: StateFile | bytes, text: str, put)
 
 
 def test_every_reason_of_a_file_has_a_case() -> None:
-    in_the_runtime_alone = {"state-has-memory", "state-kv"}
+    in_the_runtime_alone = {"state-has-memory", "state-kv", "state-unwritable"}
     assert {reason for reason, _, _ in REFUSED} | {"state-unreadable"} == STATE_REASONS.keys() - in_the_runtime_alone
 
 
