@@ -58,6 +58,27 @@ def logits_at_scale(
         return context.decode(ids)
 
 
+def logits_frozen(
+    base: Path, sidecar: Path, first: np.ndarray, second: np.ndarray, *, put_back: bool
+) -> tuple[np.ndarray, list[State], list[State]]:
+    """Logits of the second ids on the memory of the first, which is frozen, or put back after every token.
+
+    Then the memory before and after.
+    """
+    with Model.open(base, sidecar) as model, _context(model, len(first) + len(second), {"n_ubatch": 1}) as context:
+        context.decode(first)
+        before = context.states()
+        if not put_back:
+            context.set_memory(frozen=True)
+            return context.decode(second, len(first)), before, context.states()
+        out = []
+        for pos, token in enumerate(second, len(first)):
+            out.append(context.decode([token], pos))
+            for i, state in enumerate(before):
+                context.set_state(0, i, state)
+        return np.concatenate(out), before, context.states()
+
+
 def continue_after(
     base: Path, sidecar: Path | None, ids: np.ndarray, n_before: int, how: str
 ) -> tuple[np.ndarray, np.ndarray, list[State], list[State]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_runs import logits, logits_after_kv_dropped, logits_at_scale
+from native_runs import logits, logits_after_kv_dropped, logits_at_scale, logits_frozen
 
 from llamamem.formats.sidecar_export import export_sidecar
 
@@ -78,3 +78,18 @@ def test_a_frozen_memory_that_is_empty_is_the_base(
     np.testing.assert_array_equal(
         product(logits_at_scale, base, sidecars["v1"], ids, frozen=True), product(logits, base, None, ids)
     )
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_frozen_memory_is_read_and_never_written(
+    product: Any, base: Path, sidecars: dict[str, Path], reference: dict[str, np.ndarray], version: str
+) -> None:
+    """As if every token found the memory that the first conversation left."""
+    prompts = reference["p0_ids"], reference["p1_ids"]
+    got, before, after = product(logits_frozen, base, sidecars[version], *prompts, put_back=False)
+    expected, _, _ = product(logits_frozen, base, sidecars[version], *prompts, put_back=True)
+    np.testing.assert_array_equal(got, expected)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one.S, other.S)
+        np.testing.assert_array_equal(one.prev, other.prev)
+        assert one.n == other.n == len(prompts[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from server_runs import Running, Serve, generate, random_prompt
 from state_files import edited, u32
 
 from llamamem.errors import LlamamemError
+from llamamem.native.build import Build
 from llamamem.serving.client import Client
 
 KILLS = int(os.environ.get("LLAMAMEM_TEST_KILLS", "4"))  # 100 take some minutes
@@ -154,6 +156,38 @@ def test_a_memory_goes_on_without_its_text(serve: Serve, tmp_path: Path, profile
     client.reset_memory(0)
     assert client.slots()[0]["rwkv_ms"]["tokens_written"] == 0
     assert generate(client, second, 16, cache_prompt=False)["tokens"] == blank
+
+
+def test_a_second_conversation_has_the_logits_of_the_reference(
+    serve: Serve, build: Build, model: Path, tmp_path: Path
+) -> None:
+    """On the build with an exact GELU, as the reference has it: what a slot says on the memory of another prompt."""
+    exact = Path(build.bin_dir).parent / "bin-exact"
+    (tmp_path / "bin").mkdir()
+    for library in exact.iterdir():
+        (tmp_path / "bin" / library.name).symlink_to(library)
+    shutil.copy(Path(build.bin_dir) / "llama-server", tmp_path / "bin")  # it loads the libraries beside it
+    with np.load(model.with_name("logits.npz")) as file:
+        first, second = file["p0_ids"].tolist(), file["p1_ids"].tolist()
+        expected, forgetful = file["p1_mem_v1_after_p0_kvdrop"], file["p1_mem_v1"]
+    client = serve("fused", "-fa", "off", "-ctk", "f32", "-ctv", "f32", bin_dir=tmp_path / "bin").client
+    generate(client, first, 1)
+    client.save_memory(0, "memory.bin")
+    far = 0.0
+    for n in (1, 2, 40, len(second)):
+        client.erase_slot(0)
+        client.restore_memory(0, "memory.bin")
+        answer = generate(client, second[:n], 1, n_probs=expected.shape[1])
+        found = {top["id"]: top["logprob"] for top in answer["completion_probabilities"][0]["top_logprobs"]}
+        got = np.array([found[token] for token in range(expected.shape[1])])
+        assert np.abs(got - log_softmax(expected[n - 1])).max() < 5e-5
+        far = max(far, np.abs(got - log_softmax(forgetful[n - 1])).max())
+    assert far > 0.05
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64) - logits.max()
+    return x - np.log(np.exp(x).sum())
 
 
 def test_frozen_and_scaled_by_request_and_by_slot(serve: Serve) -> None:
