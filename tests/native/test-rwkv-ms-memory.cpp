@@ -275,6 +275,21 @@ static void test_abort(llama_model * model) {
     CHECK(llama_memory_seq_pos_max(mem, 0) == -1);
     CHECK(is_zero(state(ctx.get(), 0)));
     CHECK(max_diff(other, state(ctx.get(), 1)) == 0.0);
+
+    // to the memory that it was given, where it was given one
+    const llama_state_seq_flags flags = LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY;
+    std::vector<uint8_t>        data(llama_state_seq_get_size_ext(ctx.get(), 1, flags));
+    CHECK(llama_state_seq_get_data_ext(ctx.get(), data.data(), data.size(), 1, flags) == data.size());
+    CHECK(llama_state_seq_set_data_ext(ctx.get(), data.data(), data.size(), 0, flags) == data.size());
+    CHECK(decode(ctx.get(), text(0, 20, 3)) == 0);
+
+    n = 120;
+    llama_set_abort_callback(ctx.get(), abort_now, &n);
+    CHECK(decode(ctx.get(), text(0, 16, 2, 20)) == 2);
+    llama_set_abort_callback(ctx.get(), nullptr, nullptr);
+
+    CHECK(llama_memory_seq_pos_max(mem, 0) == -1);
+    CHECK(max_diff(other, state(ctx.get(), 0)) == 0.0);
 }
 
 // Several sequences on a unified cache whose window has passed, in batches of several ubatches: placing the ubatches for

@@ -192,7 +192,16 @@ static void test_refused(llama_model * model, llama_model * model_other, llama_m
             };
             edit(4, 2, "[state-version]");
             edit(160, 1, "[state-identity]");
-            edit(12, kind.save == nullptr ? 0 : 3, "[state-kind]");
+            {
+                bytes      bad = good; // an honest file of another base
+                const auto of  = [&](size_t at) { return bad.begin() + block + at; };
+                *of(160) ^= 1;
+                const auto fingerprint = llama_rwkv_ms_sha256::hash(bad.data() + block + 128, 64);
+                std::copy(fingerprint.begin(), fingerprint.end(), of(56));
+                seal(bad);
+                try_it(bad, { "[state-identity]" }, "of another base");
+            }
+            edit(12, 3, "[state-kind]");
             edit(24, 8, "[state-shape]");
             edit(32, 7, "[state-shape]");
             edit(120, 8, "[state-shape]");
@@ -274,6 +283,56 @@ static void test_kv_refused(llama_model * model) {
     }
 }
 
+// an honest header over a KV cache that ends with n bytes too many
+static bytes with_more_kv(bytes data, size_t n) {
+    const size_t block = find_block(data);
+
+    const auto add = [&](size_t at) {
+        const uint64_t value = get<uint64_t>(data, at) + n;
+        memcpy(data.data() + at, &value, sizeof(value));
+    };
+    add(block + 48);
+    add(data.size() - N_TRAILER + 8);
+    data.insert(data.end() - N_TRAILER, n, 0);
+
+    seal(data);
+    return data;
+}
+
+// Found out after the last of the KV cache was read: both halves of it, and the memory, are put back.
+static void test_kv_too_long(llama_model * model) {
+    for (const bool unified : { true, false }) {
+        live it(model, unified);
+        live longer(model, unified);
+        CHECK(decode(longer.ctx.get(), text(0, 50, 3, 70)) == 0);
+
+        const auto want = live(model, unified).go_on();
+
+        for (const auto * kind : { &KINDS[0], &KINDS[1] }) {
+            const fs::path path = dir / "long";
+            CHECK(kind->save(longer.ctx.get(), path.string().c_str()));
+            expect_refused(*kind, it.ctx.get(), with_more_kv(file_read(path), 8), { "[state-kv]" }, "a KV cache that is too long");
+        }
+        CHECK(max_diff(want, it.go_on()) == 0.0);
+    }
+}
+
+// A whole context is not put into one with room for another number of sequences.
+static void test_cells(llama_model * model) {
+    const fs::path path = dir / "three";
+    const auto     want = live(model, true).go_on();
+
+    for (const uint32_t n_seq_max : { 1, 3 }) {
+        ctx_ptr other = ctx_init(model, n_seq_max, true);
+        CHECK(decode(other.get(), text(0, 70, 1)) == 0);
+        CHECK(KINDS[1].save(other.get(), path.string().c_str()));
+
+        live it(model, true);
+        expect_refused(KINDS[1], it.ctx.get(), file_read(path), { "[state-shape]" }, "of another number of sequences");
+        CHECK(max_diff(want, it.go_on()) == 0.0);
+    }
+}
+
 // In RAM the block has its checksum, and the size is right: the server's checkpoints and its prompt cache.
 static void test_ram(llama_model * model) {
     for (const llama_state_seq_flags flags : { 0, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY }) {
@@ -315,6 +374,8 @@ static void test_ram(llama_model * model) {
         CHECK(llama_state_set_data(ctx, bad.data(), bad.size()) == 0);
     }
     CHECK(llama_state_set_data(ctx, good.data(), good.size() - 1) == 0);
+    good.push_back(0);
+    CHECK(llama_state_set_data(ctx, good.data(), good.size()) == 0);
     CHECK(max_diff(want, it.go_on()) == 0.0);
 }
 
@@ -335,6 +396,8 @@ int main(int argc, char ** argv) {
     const int res = run_tests({
             { "refused files", [&] { test_refused(model.get(), other.get(), base.get()); } },
             { "refused by the KV cache", [&] { test_kv_refused(model.get()); } },
+            { "a KV cache that is too long", [&] { test_kv_too_long(model.get()); } },
+            { "another number of sequences", [&] { test_cells(model.get()); } },
             { "states in RAM", [&] { test_ram(model.get()); } },
     });
     fs::remove_all(dir);
