@@ -17,16 +17,20 @@ from llamamem.errors import LlamamemError
 
 __all__ = ["app", "main"]
 
-VERBS = (
-    *("build", "vendor", "serve", "smoke", "demo", "sidecar", "state", "session"),
-    *("fixture", "parity", "bench", "doctor"),
-)
+# what a module registers stands in `llamamem --help` under its heading
+VERBS = {
+    "Serve": ("serve", "chat", "ps"),
+    "Prove": ("health", "smoke", "eval", "trace", "demo", "recall"),
+    "Runtime": ("build", "doctor", "vendor", "fixture", "parity", "reference", "train", "bench"),
+    "Sidecars and memories": ("sidecar", "session", "state"),
+}
 
 app = typer.Typer(
     name="llamamem",
     help="Gemma 4 with an RWKV-MS memory beside it, inside a pinned and patched llama.cpp.",
+    epilog="Exit status: 0 done, or it holds; 1 a check failed; 2 it could not be run. A command's help says more.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="markdown",  # paragraphs are filled, brackets stay
     pretty_exceptions_enable=False,
 )
 
@@ -44,14 +48,21 @@ def _main(
     pass
 
 
-for _verb in VERBS:
-    importlib.import_module(f"llamamem.cli.{_verb}").register(app)
+for _heading, _verbs in VERBS.items():
+    for _verb in _verbs:
+        importlib.import_module(f"llamamem.cli.{_verb}").register(app)
+    for _command in app.registered_commands:
+        if not isinstance(_command.rich_help_panel, str):
+            _command.rich_help_panel = _heading
+    for _group in app.registered_groups:
+        if not isinstance(_group.rich_help_panel, str):
+            _group.rich_help_panel = _heading
 
 
 def main() -> None:
     """Entry point of the `llamamem` script: an error of the user's is one line, never a traceback."""
     try:
-        app()
+        app(prog_name="llamamem")  # also when it is run as a module: completion asks for that name
     except LlamamemError as error:
         print(f"llamamem: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +12,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from llamamem.errors import LlamamemError
-from llamamem.formats.run import state_dir
-from llamamem.native.build import find_build
+from llamamem.cli.completion import profile_names
+from llamamem.formats.run import RunRecord, state_dir
+from llamamem.native.build import Build, find_build
+from llamamem.serving.foreground import STOPPED, Signals, StopRequested, serve_foreground
 from llamamem.serving.preflight import Checked, check
-from llamamem.serving.process import Follower, Signals, StopRequested, launch
 from llamamem.serving.profiles import Plan, make_plan
-
-KILLED = 3  # exit status: the server did not stop within the grace time
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +30,11 @@ def serve(
     model: Annotated[Path, typer.Option(help="Base GGUF.")],
     sidecar: Annotated[Path | None, typer.Option(help="Sidecar GGUF; without one the base is served alone.")] = None,
     profile: Annotated[
-        str | None, typer.Option(help="serial (default with a sidecar), fused, batched or base.")
+        str | None,
+        typer.Option(help="serial (default with a sidecar), fused, batched or base.", autocompletion=profile_names),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What `ps`, `logs`, `stop` and --run call this run; its run id unless given.")
     ] = None,
     parallel: Annotated[int | None, typer.Option(help="Slots; batched: 4 unless given.")] = None,
     ctx_size: Annotated[int | None, typer.Option(help="Tokens of context; 0: the model's own.")] = None,
@@ -76,63 +76,46 @@ def serve(
     if dry_run:
         _print_plan(plan, as_json)
         return
-    console = Console(stderr=True)
+
+    def on_ready(record: RunRecord) -> None:
+        if as_json:
+            print(record.model_dump_json(), flush=True)
+        else:
+            memory = f"memory {record.profile}" if record.sidecar else "no memory"
+            print(f"llamamem: ready at {record.url} ({memory}); log {record.log}", file=sys.stderr, flush=True)
+
     with Signals() as signals:
         try:
-            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-                task = bar.add_task("hashing the base", total=None, visible=False)
-
-                def progress(done: int, total: int) -> None:
-                    bar.update(task, completed=done, total=total, visible=True)
-                    signals.check()
-
-                checked = check(plan, memory_check=memory_check, on_cpu=build.backend == "cpu", progress=progress)
+            checked = _check(plan, build, memory_check, signals)
         except StopRequested:
-            raise LlamamemError("stopped before the server was started") from None
-        for warning in checked.warnings:
-            console.print(f"llamamem: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-        raise typer.Exit(_run(plan, checked, build.identity, signals, stall_timeout, grace, as_json))
+            print("llamamem: stopped on request, before the server was started", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
+        status = serve_foreground(
+            plan,
+            checked,
+            signals,
+            build=build.identity,
+            name=name,
+            stall_timeout=stall_timeout,
+            grace=grace,
+            on_ready=on_ready,
+        )
+    raise typer.Exit(status)
 
 
-def _run(
-    plan: Plan, checked: Checked, identity: str, signals: Signals, stall_timeout: float, grace: float, as_json: bool
-) -> int:
-    server = launch(plan, checked, build=identity)
-    follow = Follower(server.log_path)
+def _check(plan: Plan, build: Build, memory_check: bool, signals: Signals) -> Checked:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("hashing the base", total=None, visible=False)
 
-    def between() -> None:
-        follow()
-        signals.check()
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+            signals.check()
 
-    ending = None
-    try:
-        server.wait_ready(stall_timeout=stall_timeout, api_key=_api_key(plan), on_wait=between)
-        follow()
-        if as_json:
-            print(server.record.model_dump_json(), flush=True)
-        else:
-            memory = f"memory {plan.profile}" if plan.sidecar else "no memory"
-            print(f"llamamem: ready at {server.url} ({memory}); log {server.log_path}", file=sys.stderr, flush=True)
-        server.wait(between)
-        print(f"llamamem: the server ended by itself (status {server.process.returncode})", file=sys.stderr)
-        return 1
-    except StopRequested:
-        ending = server.stop(grace)
-        follow()
-        print(f"llamamem: the server was {ending}", file=sys.stderr)
-        return 0 if ending == "stopped" else KILLED if ending == "killed" else 1
-    finally:
-        server.stop(grace)
-        follow.close()
-
-
-def _api_key(plan: Plan) -> str | None:
-    """The first key that requests must carry, when llama-server was given one."""
-    keys = os.environ.get("LLAMA_API_KEY")
-    for arg, value in pairwise(plan.extra):
-        if arg.replace("_", "-") == "--api-key":
-            keys = value
-    return keys.split(",")[0] if keys else None
+        checked = check(plan, memory_check=memory_check, on_cpu=build.backend == "cpu", progress=progress)
+    for warning in checked.warnings:
+        console.print(f"llamamem: warning: {warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    return checked
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:

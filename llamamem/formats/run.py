@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llamamem.errors import LlamamemError
 
@@ -20,16 +20,23 @@ State = Literal["starting", "ready", "stopped", "killed", "exited", "failed"]
 
 
 class RunRecord(BaseModel):
-    """What was started, how, and how it ended. Times are seconds since the epoch; hashes are SHA-256 in hex."""
+    """What was started, how, and how it ended. Times are seconds since the epoch; hashes are SHA-256 in hex.
+
+    `name` is the run id unless one was given; of the runs that live at one time each has its own. `launcher_stops`: the
+    launcher is `llamamem serve`, which stops its server in order when it is signalled; any other program just dies.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["llamamem_run.v1"] = "llamamem_run.v1"
     run_id: str
+    name: str
     state: State
     pid: int
     create_time: float
     launcher_pid: int
+    launcher_create_time: float = 0.0
+    launcher_stops: bool = False
     host: str
     port: int
     url: str
@@ -46,6 +53,11 @@ class RunRecord(BaseModel):
     ended: float | None = None
     exit_code: int | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        return {"name": data["run_id"], **data} if isinstance(data, dict) and "run_id" in data else data
+
 
 def state_dir() -> Path:
     """`$XDG_STATE_HOME/llamamem`: run records, logs and slot files."""
@@ -59,10 +71,13 @@ def runs_dir() -> Path:
 def write_run(record: RunRecord, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        file.write(record.model_dump_json(indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(record.model_dump_json(indent=2) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_run(path: Path) -> RunRecord:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import httpx
 
 from llamamem.errors import LlamamemError
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a streamed answer: text, or thoughts of a model that thinks aloud.
+
+    The last ones carry why it ended (`stop`, `length`), and, as the server counts them, tokens and times.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+    timings: dict[str, Any] | None = None
 
 
 class Client:
@@ -20,7 +37,9 @@ class Client:
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # A proxy from the environment has no business between us and a server on this machine.
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        # A connection each: the server closes one after a stream, and a request that reuses it just then is cut off.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False, limits=limits)
 
     def __enter__(self) -> Client:
         return self
@@ -41,9 +60,7 @@ class Client:
         try:
             return self._http.request(method, path, **kwargs)
         except httpx.TransportError as e:
-            raise LlamamemError(
-                f"{self._http.base_url}: {method} {path} failed ({type(e).__name__}: {e}); is the server running?"
-            ) from e
+            raise self._unreachable(f"{method} {path}", e) from e
 
     def health(self) -> dict[str, Any]:
         return self._object("GET", "/health")
@@ -70,6 +87,29 @@ class Client:
     def chat(self, messages: list[dict[str, str]], **kwargs: Any) -> dict[str, Any]:
         """`POST /v1/chat/completions`; greedy unless told otherwise."""
         return self._object("POST", "/v1/chat/completions", json={"messages": messages, **_GREEDY, **kwargs})
+
+    def stream_chat(self, messages: list[dict[str, str]], **kwargs: Any) -> Generator[Delta, None, None]:
+        """The same, piece by piece; greedy unless told otherwise, and a field that is None is left to the server.
+
+        Closing the iterator (or an exception in the loop over it) ends the answer on the server too. Raises
+        LlamamemError when the server refuses, reports an error midway, or goes away before the answer is whole.
+        """
+        fields = {"messages": messages, **_GREEDY, **kwargs, "stream": True, "stream_options": {"include_usage": True}}
+        body = {name: value for name, value in fields.items() if value is not None}
+        path = "/v1/chat/completions"
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if not response.is_success:
+                    response.read()
+                    raise self._refused(f"POST {path}", response)
+                for event in _events(response):
+                    if "error" in event:
+                        raise LlamamemError(f"{self.url}: the answer broke off: {_message(event) or event['error']}")
+                    yield _delta(event)
+        except httpx.TransportError as e:
+            raise self._unreachable(f"POST {path}", e) from e
+        except _Incomplete:
+            raise LlamamemError(f"{self.url}: the answer broke off; see the server's log") from None
 
     def save_slot(self, slot: int, filename: str) -> dict[str, Any]:
         return self._object("POST", f"/slots/{slot}", params={"action": "save"}, json={"filename": filename})
@@ -105,11 +145,61 @@ class Client:
         response = self.request(method, path, **kwargs)
         if response.is_success:
             return response.json()
+        raise self._refused(f"{method} {path}", response)
+
+    def _refused(self, what: str, response: httpx.Response) -> LlamamemError:
         try:
-            reason = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            reason = response.text[:200]
-        raise LlamamemError(f"{self._http.base_url}: {method} {path} answered {response.status_code}: {reason}")
+            reason = _message(response.json())
+        except ValueError:
+            reason = None
+        return LlamamemError(f"{self.url}: {what} answered {response.status_code}: {reason or response.text[:200]}")
+
+    def _unreachable(self, what: str, error: httpx.TransportError) -> LlamamemError:
+        return LlamamemError(f"{self.url}: {what} failed ({type(error).__name__}: {error}); is the server running?")
+
+
+class _Incomplete(Exception):
+    """The stream ended before its `[DONE]`."""
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The events of an answer. httpx's own lines also end at characters that are part of a text, such as U+2028."""
+    rest = b""
+    for received in response.iter_bytes():
+        *lines, rest = (rest + received).split(b"\n")
+        for line in lines:
+            data = line.removeprefix(b"data:").strip()
+            if not line.startswith(b"data:"):
+                continue
+            if data == b"[DONE]":
+                return
+            try:
+                event = json.loads(data)
+            except ValueError:
+                raise _Incomplete from None
+            if isinstance(event, dict):
+                yield event
+    raise _Incomplete
+
+
+def _delta(event: dict[str, Any]) -> Delta:
+    choice = (event.get("choices") or [{}])[0]
+    said = choice.get("delta") or {}
+    return Delta(
+        text=said.get("content") or "",
+        reasoning=said.get("reasoning_content") or "",
+        finish_reason=choice.get("finish_reason"),
+        usage=event.get("usage"),
+        timings=event.get("timings"),
+    )
+
+
+def _message(answer: Any) -> str | None:
+    """The reason in an error of the server."""
+    try:
+        return str(answer["error"]["message"])
+    except (KeyError, TypeError):
+        return None
 
 
 _GREEDY: dict[str, Any] = {"temperature": 0.0, "top_k": 1, "seed": 123}

@@ -6,27 +6,32 @@ Each refusal is a LlamamemError of one line: the file, flag or number at fault a
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
+import math
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import filelock
-import platformdirs
 import psutil
+from gguf.constants import GGML_QUANT_SIZES
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.gguf_file import read_gguf_index
-from llamamem.formats.sidecar import read_sidecar
+from llamamem.formats.base import base_faults, read_base
+from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
+from llamamem.formats.sidecar import Sidecar, read_sidecar
+from llamamem.formats.sidecar_base import hash_fault, model_faults
+from llamamem.native import vendor
+from llamamem.native.build import ask_identity
+from llamamem.serving.digests import Progress, file_sha256
 from llamamem.serving.profiles import PROFILES, Plan, owner_of, owner_of_variable
+from llamamem.serving.runs import live_runs
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+__all__ = ["Checked", "check", "file_sha256", "memory_need"]
 
 _KV_BYTES = {  # bytes a value, by --cache-type-k/-v
     "f32": 4.0,
@@ -57,36 +62,73 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     `on_cpu` False turns a refusal for lack of main memory into a warning: weights may lie on a GPU.
     """
     check_binary(plan.bin_dir)
-    header = {key: field.value for key, field in read_gguf_index(plan.model).fields.items()}
-    if header.get("split.count", 0) > 1 and plan.sidecar is not None:
-        raise LlamamemError(
-            f"base {plan.model}: is split into {header['split.count']} files, which a sidecar cannot be bound to;"
-            " merge them with llama-gguf-split --merge"
-        )
+    with _saying("base {}"):
+        index = read_gguf_index(plan.model)
+        check_whole(index)
     sidecar = None
     if plan.sidecar is not None:
-        sidecar = read_sidecar(plan.sidecar)
+        with _saying(f"sidecar {{}}; `llamamem sidecar validate {plan.sidecar}` names every fault"):
+            sidecar = read_sidecar(plan.sidecar)
+        with _saying("base {}; give the base that the sidecar was made for"):
+            check_base(index, sidecar)
     check_config_files(plan)
     check_slot_dir(plan.slot_dir)
     check_port(plan.host, plan.port)
+    header = {key: field.value for key, field in index.fields.items()}
     warnings = check_memory(plan, header, refuse=memory_check and on_cpu)
     if sidecar is None or plan.sidecar is None:
         return Checked(None, None, warnings)
     base_sha256 = file_sha256(plan.model, progress)
     if base_sha256 != sidecar.base_sha256:
-        raise LlamamemError(
-            f"base {plan.model} has SHA-256 {base_sha256}, but sidecar {plan.sidecar} is bound to"
-            f" {sidecar.base_sha256}; give the base that the sidecar was made for"
-        )
+        raise hash_fault(plan.sidecar, sidecar.base_sha256, plan.model, base_sha256)
     return Checked(base_sha256, file_sha256(plan.sidecar), warnings)
 
 
+@contextmanager
+def _saying(form: str) -> Iterator[None]:
+    """Puts what a reader of files says into a line that also names the role of the file or the next step."""
+    try:
+        yield
+    except LlamamemError as e:
+        raise LlamamemError(form.replace("{}", str(e)), reason=e.reason) from e
+
+
 def check_binary(bin_dir: Path) -> None:
+    """That `llama-server` there runs and is a build of this pin and patch set: it is asked, whatever a note says."""
     binary = bin_dir / "llama-server"
     if not binary.is_file():
         raise LlamamemError(f"{binary}: no such binary; run `llamamem build`, or point --bin-dir at a build")
     if not os.access(binary, os.X_OK):
         raise LlamamemError(f"{binary}: is not executable; run `chmod +x` on it, or `llamamem build` again")
+    said, wanted = ask_identity(bin_dir), vendor.identity()
+    if said is None:
+        raise LlamamemError(
+            f"{binary}: does not run or is not llamamem's patched build (this needs {wanted}); run `llamamem build`"
+        )
+    if said != wanted:
+        raise LlamamemError(f"{binary}: is build {said}, this package needs {wanted}; run `llamamem build`")
+
+
+def check_whole(index: GgufIndex) -> None:
+    """That the file is as long as its header says: a download that broke off would fail while it loads."""
+    size = index.path.stat().st_size
+    for tensor in index.tensors:
+        per_block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+        end = index.data_start + tensor.offset + math.prod(tensor.shape) // per_block * block_bytes
+        if end > size:
+            raise LlamamemError(
+                f"{index.path}: is cut short: tensor '{tensor.name}' ends at byte {end}, the file at {size};"
+                " fetch it again"
+            )
+
+
+def check_base(index: GgufIndex, sidecar: Sidecar) -> None:
+    """Stage 4 of docs/sidecar.md but the hash: only headers are read."""
+    for fault in base_faults(index):
+        raise fault
+    model = read_base(index.path)
+    for fault in model_faults(model, sidecar.hidden, sidecar.layers, sidecar.delta_heads):
+        raise fault
 
 
 def check_config_files(plan: Plan) -> None:
@@ -141,6 +183,9 @@ def check_port(host: str, port: int) -> None:
 
 
 def _listener(port: int) -> str:
+    for run in live_runs(starting=True):
+        if run.port == port:
+            return f" by the run {run.name} (`llamamem stop {run.name}`)"
     try:
         for connection in psutil.net_connections(kind="tcp"):
             listens = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
@@ -197,40 +242,3 @@ def _kv_type(plan: Plan, which: str) -> float:
         if arg.replace("_", "-") in names:
             return _KV_BYTES.get(value, 2.0)
     return 2.0
-
-
-def file_sha256(path: Path, progress: Progress | None = None) -> str:
-    """SHA-256 in hex. Remembered under the cache directory for as long as device, inode, size and mtime stay."""
-    stat = path.stat()
-    key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
-    cache = Path(platformdirs.user_cache_path("llamamem", appauthor=False)) / "digests.json"
-    known = _read_digests(cache).get(key)
-    if known is not None:
-        return known
-    digest, done = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
-            done += len(chunk)
-            if progress is not None:
-                progress(done, stat.st_size)
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{cache}.lock", timeout=10):
-            digests = {**_read_digests(cache), key: digest.hexdigest()}
-            temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(digests, indent=1), encoding="utf-8")
-            os.replace(temporary, cache)
-    except (OSError, filelock.Timeout):
-        pass  # a cache that cannot be written costs time, nothing else
-    return digest.hexdigest()
-
-
-def _read_digests(cache: Path) -> dict[str, str]:
-    try:
-        digests = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(digests, dict):
-        return {}
-    return {key: value for key, value in digests.items() if isinstance(value, str) and len(value) == 64}

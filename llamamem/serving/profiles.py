@@ -2,27 +2,32 @@
 
 A profile fixes flags of llama-server and *owns* the options behind them: passed again after `--`, in any spelling, or
 set in the environment, an owned option is refused, since the last one on the command line would win silently.
-The spellings are those of `common/arg.cpp` of the pinned upstream (a test compares them with `llama-server --help`).
+`profiles.json` beside this file holds both; its spellings are those of `common/arg.cpp` of the pinned upstream (a test
+compares them with `llama-server --help` of our build).
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.run import redacted
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(BaseModel):
     """One thing that llama-server can be told: what it is called here, every spelling, every environment variable.
 
     A spelling or variable that ends in `*` is a prefix. `instead` names the flag of `llamamem serve` that sets it.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     what: str
     spellings: tuple[str, ...]
@@ -30,125 +35,70 @@ class Option:
     instead: str | None = None
 
 
-_DRAFT_SHORT = "-md -hfd -hfrd -td -tbd -Cd -Crd -Cbd -ctkd -ctvd -otd -cmoed -ncmoed -devd -ngld -lcs -lcd".split()
-_DRAFT_LONG = (
-    "threads threads-batch cpu-mask cpu-range cpu-strict prio poll cpu-mask-batch cpu-strict-batch "
-    "prio-batch poll-batch cache-type-k cache-type-v override-tensor n-cpu-moe device gpu-layers n-gpu-layers model "
-    "hf-repo"
-).split()
+class Profile(BaseModel):
+    """Flags that are always on the command line, the options that are owned, and how many slots it may have.
 
-OPTIONS: dict[str, Option] = {
-    "model": Option(
-        "the model",
-        (
-            *("-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo"),
-            *("-hff", "--hf-file", "--models-dir", "--models-preset", "--embd-gemma-default", "--fim-*"),
-            *("--gpt-oss-*", "--vision-gemma-*"),
-        ),
-        (
-            *("LLAMA_ARG_MODEL", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_DOCKER_REPO", "LLAMA_ARG_HF_REPO"),
-            *("LLAMA_ARG_HF_FILE", "LLAMA_ARG_MODELS_DIR", "LLAMA_ARG_MODELS_PRESET"),
-        ),
-        "--model",
-    ),
-    "sidecar": Option("the sidecar", ("--rwkv-ms-sidecar",), ("LLAMA_ARG_RWKV_MS_SIDECAR",), "--sidecar"),
-    "mode": Option("the memory mode", ("--rwkv-ms-mode",), ("LLAMA_ARG_RWKV_MS_MODE",), "--profile"),
-    "host": Option("the address", ("--host",), ("LLAMA_ARG_HOST",), "--host"),
-    "port": Option("the port", ("--port", "--reuse-port"), ("LLAMA_ARG_PORT", "LLAMA_ARG_REUSE_PORT"), "--port"),
-    "url": Option(
-        "the URL that the launcher asks for readiness",
-        ("--api-prefix", "--ssl-key-file", "--ssl-cert-file"),
-        ("LLAMA_ARG_API_PREFIX", "LLAMA_ARG_SSL_KEY_FILE", "LLAMA_ARG_SSL_CERT_FILE"),
-    ),
-    "ctx": Option("the context size", ("-c", "--ctx-size"), ("LLAMA_ARG_CTX_SIZE",), "--ctx-size"),
-    "slot_dir": Option("the slot directory", ("--slot-save-path",), (), "--slot-dir"),
-    "parallel": Option(
-        "the number of slots", ("-np", "--parallel"), ("LLAMA_ARG_N_PARALLEL",), "--parallel N --profile batched"
-    ),
-    "log": Option("the log that carries the evidence", ("--log-disable",)),
-    "batch": Option("the batch size", ("-b", "--batch-size"), ("LLAMA_ARG_BATCH",)),
-    "ubatch": Option("the microbatch size", ("-ub", "--ubatch-size"), ("LLAMA_ARG_UBATCH",)),
-    "cont_batching": Option(
-        "continuous batching",
-        ("-cb", "--cont-batching", "-nocb", "--no-cont-batching"),
-        ("LLAMA_ARG_CONT_BATCHING", "LLAMA_ARG_NO_CONT_BATCHING"),
-    ),
-    "context_shift": Option(
-        "context shift",
-        ("--context-shift", "--no-context-shift"),
-        ("LLAMA_ARG_CONTEXT_SHIFT", "LLAMA_ARG_NO_CONTEXT_SHIFT"),
-    ),
-    "cache_prompt": Option(
-        "the prompt cache",
-        ("--cache-prompt", "--no-cache-prompt"),
-        ("LLAMA_ARG_CACHE_PROMPT", "LLAMA_ARG_NO_CACHE_PROMPT"),
-    ),
-    "cache_ram": Option("the prompt cache in RAM", ("-cram", "--cache-ram"), ("LLAMA_ARG_CACHE_RAM",)),
-    "checkpoints": Option(
-        "context checkpoints",
-        ("-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "-cms", "--checkpoint-min-step"),
-        ("LLAMA_ARG_CTX_CHECKPOINTS", "LLAMA_ARG_CHECKPOINT_MIN_SPACING_NT"),
-    ),
-    "idle_slots": Option(
-        "the cache of idle slots",
-        ("--cache-idle-slots", "--no-cache-idle-slots"),
-        ("LLAMA_ARG_CACHE_IDLE_SLOTS", "LLAMA_ARG_NO_CACHE_IDLE_SLOTS"),
-    ),
-    "warmup": Option("the warm-up run", ("--warmup", "--no-warmup")),
-    "cache_reuse": Option("reuse by KV shifting", ("--cache-reuse",), ("LLAMA_ARG_CACHE_REUSE",)),
-    "mmproj": Option(
-        "multimodal input",
-        (
-            *("-mm", "--mmproj", "-mmu", "--mmproj-url", "--mmproj-auto", "--no-mmproj", "--no-mmproj-auto"),
-            *("--mmproj-offload", "--no-mmproj-offload", "-mmdev", "--mmproj-device"),
-        ),
-        ("LLAMA_ARG_MMPROJ*", "LLAMA_ARG_NO_MMPROJ*"),
-    ),
-    "speculation": Option(
-        "speculative decoding",
-        (
-            *("--spec-*", "--no-spec-*", "--draft*", "--lookup-cache-static", "--lookup-cache-dynamic"),
-            *_DRAFT_SHORT,
-            *(f"--{name}-draft" for name in _DRAFT_LONG),
-            *("--cpu-moe-draft",),
-        ),
-        ("LLAMA_ARG_SPEC_*", "LLAMA_ARG_NO_SPEC_*", "LLAMA_ARG_DRAFT_*", "LLAMA_ARG_N_GPU_LAYERS_DRAFT"),
-    ),
-}
+    `parallel` is the number of slots when --parallel is not given; None leaves it to llama-server.
+    """
 
-
-@dataclass(frozen=True)
-class Profile:
-    """Flags that are always on the command line, the options that are owned, and how many slots it may have."""
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     memory: bool
-    parallel: int | None  # slots when --parallel is not given; None: llama-server's default
+    parallel: int | None
     one_slot: bool
     flags: tuple[str, ...]
     owned: tuple[str, ...]
 
 
-_LAUNCHER = ("model", "sidecar", "mode", "host", "port", "url", "ctx", "slot_dir", "parallel", "log")
-_INCORRECT = ("cache_reuse", "mmproj", "speculation")  # wrong with a memory whatever the mode
-_SERIAL = (
-    *("batch", "ubatch", "cont_batching", "context_shift", "cache_prompt", "cache_ram", "checkpoints"),
-    *("idle_slots", "warmup"),
-)
-_SERIAL_FLAGS = (
-    "--batch-size 2 --ubatch-size 1 --no-cont-batching --no-context-shift --no-cache-prompt --cache-ram 0 "
-    "--ctx-checkpoints 0 --no-cache-idle-slots --cache-reuse 0 --no-mmproj --no-warmup"
-)
+class Table(BaseModel):
+    """The whole of profiles.json: the options by key, groups of them, and the profiles, which own groups."""
 
-PROFILES: dict[str, Profile] = {
-    profile.name: profile
-    for profile in (
-        Profile("serial", True, 1, True, tuple(_SERIAL_FLAGS.split()), (*_LAUNCHER, *_INCORRECT, *_SERIAL)),
-        Profile("fused", True, 1, True, ("--cache-reuse", "0", "--no-mmproj"), (*_LAUNCHER, *_INCORRECT)),
-        Profile("batched", True, 4, False, ("--cache-reuse", "0", "--no-mmproj"), (*_LAUNCHER, *_INCORRECT)),
-        Profile("base", False, None, False, (), _LAUNCHER),
-    )
-}
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["llamamem_profiles.v1"]
+    options: dict[str, Option]
+    groups: dict[str, tuple[str, ...]]
+    profiles: dict[str, Profile]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        """Puts each profile's name into it, and the options of a group in the place of its name."""
+        groups = data["groups"]
+        profiles = {
+            name: {**given, "name": name, "owned": [key for group in given["owned"] for key in groups[group]]}
+            for name, given in data["profiles"].items()
+        }
+        return {**data, "profiles": profiles}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Table:
+        counts = Counter(name for option in self.options.values() for name in (*option.spellings, *option.env))
+        if twice := [name for name, n in counts.items() if n > 1]:
+            raise ValueError(f"{', '.join(twice)}: belongs to more than one option")
+        for profile in self.profiles.values():
+            if unknown := set(profile.owned) - set(self.options):
+                raise ValueError(f"profile {profile.name} owns {', '.join(sorted(unknown))}, which is no option")
+            owned = {key: self.options[key] for key in profile.owned}
+            loose = [flag for flag in profile.flags if flag.startswith("-") and _owner(flag, owned) is None]
+            if loose:  # whoever passed it again would win
+                raise ValueError(f"profile {profile.name} sets {', '.join(loose)}, which it does not own")
+        return self
+
+
+def read_profiles(path: Path) -> Table:
+    """Raises LlamamemError for a file that is missing or contradicts itself."""
+    try:
+        return Table.model_validate_json(path.read_bytes())
+    except OSError as e:
+        raise LlamamemError(f"{path}: cannot be read ({e.strerror}); install llamamem again") from e
+    except KeyError as e:
+        raise LlamamemError(f"{path}: has no {e}; install llamamem again") from e
+    except ValidationError as e:
+        fault = e.errors()[0]
+        field = ".".join(map(str, fault["loc"])) or "the file"
+        raise LlamamemError(f"{path}: {field}: {fault['msg']}; install llamamem again") from e
 
 
 @dataclass(frozen=True)
@@ -262,15 +212,19 @@ def refuse_owned(profile: Profile, extra: Sequence[str], environ: Mapping[str, s
 
 def owner_of(arg: str, keys: Iterable[str]) -> str | None:
     """The key of the option among `keys` that this command line argument spells (`-ub`, `--ubatch_size=8`, ...)."""
-    name = arg.partition("=")[0]
-    if name.startswith("--"):
-        name = name.replace("_", "-")  # as llama.cpp's parser does
-    return next((key for key in keys if _matches(name, OPTIONS[key].spellings)), None)
+    return _owner(arg, {key: OPTIONS[key] for key in keys})
 
 
 def owner_of_variable(name: str, keys: Iterable[str]) -> str | None:
     """The key of the option among `keys` that this environment variable sets."""
     return next((key for key in keys if _matches(name, OPTIONS[key].env)), None)
+
+
+def _owner(arg: str, options: Mapping[str, Option]) -> str | None:
+    name = arg.partition("=")[0]
+    if name.startswith("--"):
+        name = name.replace("_", "-")  # as llama.cpp's parser does
+    return next((key for key, option in options.items() if _matches(name, option.spellings)), None)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -283,3 +237,8 @@ def _remedy(key: str) -> str:
         return f"{option.what}: set it with `llamamem serve {option.instead}`"
     allowed = [profile.name for profile in PROFILES.values() if key not in profile.owned]
     return f"{option.what}: " + (f"allowed by --profile {' or '.join(allowed)}" if allowed else "no profile allows it")
+
+
+_TABLE = read_profiles(Path(__file__).with_name("profiles.json"))
+OPTIONS = _TABLE.options
+PROFILES = _TABLE.profiles
