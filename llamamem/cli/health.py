@@ -1,0 +1,117 @@
+"""`llamamem health`: is the memory of a running server live, complete, isolated and restorable?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from llamamem.cli.session import ApiKey, Run, SlotDir, Url
+from llamamem.errors import LlamamemError
+
+if TYPE_CHECKING:
+    from llamamem.formats.health import HealthReport
+
+
+def register(app: typer.Typer) -> None:
+    app.command("health")(health)
+
+
+def health(
+    run: Run = None,
+    url: Url = None,
+    slot_dir: SlotDir = None,
+    model: Annotated[Path | None, typer.Option(help="That server's base GGUF.")] = None,
+    sidecar: Annotated[Path | None, typer.Option(help="That server's sidecar.")] = None,
+    log: Annotated[Path | None, typer.Option(help="That server's log.")] = None,
+    api_key: ApiKey = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="TRACE.json", help="Also compare the answer to a reference trace.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (with --watch one a line).")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the JSON object there; removed when it cannot run.")
+    ] = None,
+    watch: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Again and again, until Ctrl-C.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Longest wait for one answer.")] = 120.0,
+) -> None:
+    """Prove by behaviour that the memory of a running server is live, complete, isolated and restorable.
+
+    Uses slot 0 and puts back what it held; run it when nobody else talks to that slot. Without --run or --url: the only
+    server that `llamamem serve` started.
+
+    Exit status: 0 all checks hold, 1 some fail, 2 it could not be run. With --watch that of the last report.
+    """
+    from llamamem.formats.health import check_output, withdraw_health, write_health
+    from llamamem.proof.health import check_health, find_target
+
+    if output is not None:
+        check_output(output)
+    target = find_target(run, url, model=model, sidecar=sidecar, log=log, slot_dir=slot_dir, trace=trace)
+    key = api_key.split(",")[0] if api_key else None
+    status = 2
+    try:
+        while True:
+            try:
+                with _progress() as (on_check, on_hash):
+                    report = check_health(target, api_key=key, timeout=timeout, progress=on_hash, on_check=on_check)
+            except LlamamemError:
+                if output is not None:
+                    withdraw_health(output)
+                raise
+            status = 0 if report.ok else 1
+            if output is not None:
+                write_health(report, output)
+            if as_json:
+                print(report.model_dump_json(), flush=True)
+            else:
+                print_report(report, Console(highlight=False))
+            if watch is None:
+                break
+            time.sleep(watch)
+    except KeyboardInterrupt:
+        if watch is None:
+            status = 130  # as a shell has it for Ctrl-C
+    raise typer.Exit(status)
+
+
+def print_report(report: HealthReport, console: Console) -> None:
+    if not console.is_terminal:
+        console.width = 10_000  # one line a check, for whoever reads on
+    failed = [check.id for check in report.checks if not check.ok]
+    result = f"[red]{len(failed)} of {len(report.checks)} checks fail[/]" if failed else "[green]healthy[/]"
+    console.print(f"{result}  {escape(report.url)}  {escape(report.run_id or '')}  {_clock(report.timestamp)}")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for check in report.checks:
+        mark = "[green]ok[/]" if check.ok else "[red]FAIL[/]"
+        said = check.detail if check.hint is None else f"{check.detail} -> {check.hint}"
+        table.add_row(mark, check.id, escape(said), f"[dim]{check.ms:.0f} ms[/]")
+    console.print(table)
+
+
+def _clock(time: datetime) -> str:
+    return time.astimezone().strftime("%H:%M:%S")
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """What is being done now, on a terminal alone."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield (
+            lambda name: bar.update(task, description=name),
+            lambda done, total: bar.update(task, description=f"hashing the base, {100 * done // max(1, total)}%"),
+        )

@@ -1,0 +1,156 @@
+"""Checks of behaviour: what a saved state brings back, what a refused one leaves alone, what the memory does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llamamem.formats.state import MEMORY, SEQUENCE, read_state
+from llamamem.proof.health import forge
+from llamamem.proof.health.evidence import Evidence, Fails
+from llamamem.proof.health.slot import FIRST, NEXT, OTHER, Answer, SlotProbe
+
+_HELD_OUT = "the patched runtime is not at work, or another client used slot 0 meanwhile: try again on a quiet server"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A text that was read in slot 0 with the answer to it, and the text that goes on from there."""
+
+    answer: Answer
+    follow_up: list[int]
+
+
+def slot_roundtrip(e: Evidence) -> str:
+    slot = e.slot
+    talk = _begin(slot)
+    saved, memory = slot.save("saved.state"), slot.save("memory.state", memory_only=True)
+    state, live = read_state(saved, kinds=(SEQUENCE,)), slot.memory()
+    n_saved = len(state.token_ids)
+    if not state.tokens_written.any():
+        raise Fails(f"{n_saved} tokens were read and none was written to the memory", _setting(live))
+    undisturbed = slot.generate(talk.follow_up, 16)
+
+    slot.generate(slot.ids(OTHER), 8)
+    if slot.save("disturbed.state", memory_only=True).read_bytes() == memory.read_bytes():
+        raise Fails("another text leaves the memory as it was", _setting(live))
+    slot.restore(saved)
+    if slot.save("restored.state", memory_only=True).read_bytes() != memory.read_bytes() or slot.memory() != live:
+        raise Fails("the memory after the restore is not the one that was saved", _HELD_OUT)
+    restored = slot.generate(talk.follow_up, 16)
+    if restored.processed >= n_saved:
+        raise Fails(
+            f"{restored.processed} prompt tokens were processed after {n_saved} were restored: they were thrown away",
+            "stock llama.cpp does that: start the server with `llamamem serve`",
+        )
+    if (difference := _differs(undisturbed, restored)) is not None:
+        raise Fails(f"after the restore the continuation differs {difference}", _HELD_OUT)
+    return f"{n_saved} tokens restored, {restored.processed} processed, the same {len(restored.tokens)} tokens"
+
+
+def corrupt_restore(e: Evidence) -> str:
+    slot = e.slot
+    undisturbed = slot.generate(_begin(slot).follow_up, 16)
+    talk = _begin(slot)
+    cases = forge.damaged(*_saved(slot))
+    _refuses(slot, cases)
+    answer = slot.generate(talk.follow_up, 16)
+    if answer.processed != undisturbed.processed:
+        raise Fails(f"after refused restores {answer.processed} tokens were processed, not {undisturbed.processed}")
+    if (difference := _differs(undisturbed, answer)) is not None:
+        raise Fails(f"after refused restores the continuation differs {difference}", _HELD_OUT)
+    return f"{len(cases)} damaged files refused, nothing changed"
+
+
+def foreign_restore(e: Evidence) -> str:
+    slot = e.slot
+    _begin(slot)
+    cases = forge.foreign(*_saved(slot))
+    for case in cases:  # sound but for whose it is, or the test would prove nothing
+        path = slot.file("forged.state")
+        path.write_bytes(case.data)
+        read_state(path, kinds=(MEMORY,) if case.memory_only else (SEQUENCE,))
+    _refuses(slot, cases)
+    return f"{len(cases)} states of other models refused"
+
+
+def causal(e: Evidence) -> str:
+    slot = e.slot
+    _begin(slot)
+    memory, token = slot.save("causal.state", memory_only=True), slot.ids(FIRST)[:1]
+    setting = _setting(slot.memory())
+
+    def first_logits(*, remembering: bool, **options: Any) -> Answer:
+        slot.erase()
+        if remembering:
+            slot.restore_memory(memory)
+        return slot.generate(token, 1, cache_prompt=False, **options)
+
+    live, again = first_logits(remembering=True), first_logits(remembering=True)
+    zeroed = first_logits(remembering=False)
+    base = first_logits(remembering=True, rwkv_ms={"scale": 0})
+    slot.own_setting()
+    if live != again:
+        raise Fails(f"the same memory gives other logits the second time, {_differs(live, again)}", _HELD_OUT)
+    if live.choices == zeroed.choices:
+        raise Fails("the logits with a live memory are those with none", setting)
+    if zeroed.choices != base.choices:
+        raise Fails(
+            f"with a memory that is zero the first token's logits are not the base's, {_differs(base, zeroed)}",
+            "does erase empty the memory, and does scale 0 silence it?",
+        )
+    return f"live and zeroed memory part by {_gap(live, zeroed):.2g} in log-probability, zeroed equals the base"
+
+
+def _begin(slot: SlotProbe) -> Conversation:
+    """The text is read in an empty slot."""
+    slot.erase()
+    prompt = slot.ids(FIRST)
+    answer = slot.generate(prompt, 8)
+    return Conversation(answer, [*prompt, *answer.tokens, *slot.ids(NEXT, special=False)])
+
+
+def _saved(slot: SlotProbe) -> tuple[bytes, bytes]:
+    """The whole state of the slot, and its memory alone."""
+    return slot.save("good.state").read_bytes(), slot.save("good-memory.state", memory_only=True).read_bytes()
+
+
+def _refuses(slot: SlotProbe, cases: tuple[forge.Forged, ...]) -> None:
+    """HTTP 400 and the exact reason for each, and the memory stays as it was."""
+    path, before = slot.file("forged.state"), slot.memory()
+    for case in cases:
+        path.write_bytes(case.data)
+        status, message = slot.try_restore(path, memory_only=case.memory_only)
+        if status == 200:
+            raise Fails(f"{case.what}: was accepted, must be refused as {case.reason}", "do not load states here")
+        reason = re.search(r"\[(state-[a-z-]+)\]", message)  # the first: a path may hold anything
+        if status != 400 or reason is None or reason[1] != case.reason:
+            raise Fails(f"{case.what}: answered {status} {message}, must be 400 [{case.reason}]")
+        if slot.memory() != before:
+            raise Fails(f"{case.what}: was refused, and yet the slot changed", _HELD_OUT)
+
+
+def _differs(a: Answer, b: Answer) -> str | None:
+    """Where two answers part. Bit for bit: the same tokens were processed in the same way."""
+    for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+        if x != y:
+            return f"at new token {i} ({x}, {y})"
+    for i, (p, q) in enumerate(zip(a.choices, b.choices, strict=True)):
+        if p != q:
+            return f"in the log-probabilities of new token {i}"
+    return None
+
+
+def _gap(a: Answer, b: Answer) -> float:
+    """The largest difference in log-probability among the likeliest first tokens that both have; 0 if none."""
+    p, q = dict(a.choices[0]), dict(b.choices[0])
+    return max((abs(p[token] - q[token]) for token in p.keys() & q.keys()), default=0.0)
+
+
+def _setting(memory: dict[str, Any]) -> str:
+    """What to do when the memory has no effect."""
+    if memory["frozen"] or memory["scale"] != 1:
+        now = f"frozen {memory['frozen']}, scale {memory['scale']}"
+        return f"slot 0 is set to {now}: POST /slots/0?action=memory-set with frozen false and scale 1"
+    return "is the sidecar a zeroed one? the memory is not connected to the graph"
