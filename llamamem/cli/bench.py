@@ -34,7 +34,10 @@ def bench(
     bin_dir: Annotated[Path | None, typer.Option(help="A build made elsewhere.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Time base and sidecar by turns in one process and print the ratios (sidecar / base; 1 costs nothing)."""
+    """Time base and sidecar by turns in one process and print the ratios (sidecar / base; 1 costs nothing).
+
+    Exit status: 0 it ran, 2 it could not be run.
+    """
     from rich.console import Console
     from rich.table import Table
 

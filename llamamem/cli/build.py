@@ -25,7 +25,10 @@ def build(
     force: bool = typer.Option(False, "--force", help="Start from nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object about the build."),
 ) -> None:
-    """Build the native runtime, or say at once that it is built. Prints the build's directory."""
+    """Build the native runtime, or say at once that it is built. Prints the build's directory.
+
+    Exit status: 0 it is built, 2 it could not be built.
+    """
     made = native.build(backend, jobs=jobs, arch=arch, defines=define, tests=tests, force=force)
     if as_json:
         typer.echo(json.dumps({name: str(value) for name, value in asdict(made).items()}))

@@ -15,7 +15,10 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object {ok, checks}.")) -> None:
-    """Look at compiler, tools, pin, patches, builds and bindings; exit 1 when one is wrong, with its next step."""
+    """Look at compiler, tools, pin, patches, builds and bindings, and name the next step for what is wrong.
+
+    Exit status: 0 all is well, 1 something is wrong.
+    """
     from llamamem.native.doctor import examine
 
     found = examine()

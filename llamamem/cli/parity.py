@@ -40,7 +40,7 @@ def parity(
 ) -> None:
     """Compare the logits of every position with given ones, computed in process (flash attention off).
 
-    A measurement: exits 0 when it ran, whatever it found, unless --atol sets a limit.
+    Exit status: 0 it ran, whatever it found, 1 max_abs_diff is above --atol, 2 it could not be run.
     """
     from llamamem.errors import LlamamemError
     from llamamem.native.runtime import Model, load_library

@@ -13,6 +13,7 @@ from typing import Annotated
 import platformdirs
 import typer
 
+from llamamem.cli.completion import run_names, session_names
 from llamamem.errors import LlamamemError
 from llamamem.sessions import Session, Sessions, SessionStore, open_store
 
@@ -28,7 +29,14 @@ Quota = Annotated[
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Any text that can be printed, up to 200 characters.")]
 Slot = Annotated[int, typer.Option(min=0, help="Slot of the server, counted from 0.")]
-Run = Annotated[str | None, typer.Option(metavar="ID", help="Which server, when several run: its run id or its start.")]
+OldName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A session of the store.", autocompletion=session_names, show_default=False),
+]
+Run = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which server, when several run: its name or run id.", autocompletion=run_names),
+]
 Url = Annotated[str | None, typer.Option(help="A server that `llamamem serve` did not start; with --slot-dir.")]
 SlotDir = Annotated[Path | None, typer.Option(help="That server's --slot-save-path.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="Key that the server asks for.")]
@@ -55,18 +63,27 @@ def register(app: typer.Typer) -> None:
 def start(
     name: Name,
     from_: Annotated[
-        str | None, typer.Option("--from", metavar="OTHER", help="Begin with a copy of that session's memory.")
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="OTHER",
+            help="Begin with a copy of that session's memory.",
+            autocompletion=session_names,
+        ),
     ] = None,
     store: Store = None,
     quota: Quota = None,
     as_json: Json = False,
 ) -> None:
-    """Make a session, with no memory yet or with that of another."""
-    _report(_open(store, quota).create(name, from_), "started", as_json)
+    """Make a session, with no memory yet or with that of another.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
+    _report(open_given_store(store, quota).create(name, from_), "started", as_json)
 
 
 def resume(
-    name: Name,
+    name: OldName,
     slot: Slot,
     run: Run = None,
     url: Url = None,
@@ -75,13 +92,16 @@ def resume(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Put a session's memory into a slot, whose text is dropped: the next one starts on what is remembered."""
-    with _sessions(_open(store), run, url, slot_dir, api_key) as sessions:
+    """Put a session's memory into a slot, whose text is dropped: the next one starts on what is remembered.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
+    with _sessions(open_given_store(store), run, url, slot_dir, api_key) as sessions:
         _report(sessions.resume(name, slot), f"resumed in slot {slot}", as_json)
 
 
 def save(
-    name: Name,
+    name: OldName,
     slot: Slot,
     force: Annotated[bool, typer.Option("--force", help="Whatever the slot holds and whoever saved since.")] = False,
     run: Run = None,
@@ -96,17 +116,20 @@ def save(
 
     Exit status: 0 saved, 1 another writer saved the session since it was resumed, 2 it could not be done.
     """
-    with _sessions(_open(store, quota), run, url, slot_dir, api_key) as sessions:
+    with _sessions(open_given_store(store, quota), run, url, slot_dir, api_key) as sessions:
         _report(sessions.save(name, slot, force=force), f"saved from slot {slot}", as_json)
 
 
 def list_sessions(store: Store = None, as_json: Json = False) -> None:
-    """List the sessions. Exit status: 0 all are whole, 1 some are damaged, 2 the store cannot be read."""
+    """List the sessions.
+
+    Exit status: 0 all are whole, 1 some are damaged, 2 the store cannot be read.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    opened = _open(store)
+    opened = open_given_store(store)
     entries = opened.entries()
     if as_json:
         sessions = [
@@ -131,11 +154,16 @@ def list_sessions(store: Store = None, as_json: Json = False) -> None:
 
 
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Sessions, damaged ones too.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Sessions, damaged ones too.", autocompletion=session_names)
+    ],
     store: Store = None,
 ) -> None:
-    """Remove sessions."""
-    opened = _open(store)
+    """Remove sessions.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
+    opened = open_given_store(store)
     for name in names:
         opened.remove(name)
         typer.echo(f"removed {name!r}", err=True)
@@ -146,8 +174,11 @@ def prune(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what was not used for a while; what is damaged stays. Prints the names."""
-    removed = _open(store).prune(_age(older_than))
+    """Remove what was not used for a while; what is damaged stays. Prints the names.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
+    removed = open_given_store(store).prune(_age(older_than))
     if as_json:
         print(json.dumps({"removed": removed}))
     else:
@@ -155,7 +186,8 @@ def prune(
             print(name)
 
 
-def _open(store: str | None, quota: str | None = None) -> SessionStore:
+def open_given_store(store: str | None, quota: str | None = None) -> SessionStore:
+    """The store of --store, else the one in the user's data."""
     place = store or str(Path(platformdirs.user_data_path("llamamem", appauthor=False)) / "sessions")
     return open_store(place, quota=None if quota is None else _size(quota))
 
@@ -164,23 +196,14 @@ def _open(store: str | None, quota: str | None = None) -> SessionStore:
 def _sessions(
     store: SessionStore, run: str | None, url: str | None, slot_dir: Path | None, api_key: str | None
 ) -> Iterator[Sessions]:
-    from llamamem.serving.client import Client
-    from llamamem.serving.runs import find_run, live_runs
+    from llamamem.serving.target import open_target
 
-    if url is not None and run is not None:
-        raise LlamamemError("--run and --url both name a server; give one of them")
-    known: str | None
-    run_id: str | None
-    if url is None:
-        server = find_run(run)
-        url, known, run_id = server.url, server.slot_dir, server.run_id
-    else:
-        known, run_id = next(((r.slot_dir, r.run_id) for r in live_runs() if r.url == url.rstrip("/")), (None, None))
-    directory = slot_dir or known
-    if directory is None:
-        raise LlamamemError(f"{url}: its slot directory is not known; give --slot-dir")
-    with Client(url, api_key=api_key.split(",")[0] if api_key else None) as client:
-        yield Sessions(client, store, directory, run_id=run_id)
+    client, record = open_target(run, url, api_key)
+    with client:
+        directory = slot_dir or (record.slot_dir if record else None)
+        if directory is None:
+            raise LlamamemError(f"{client.url}: its slot directory is not known; give --slot-dir")
+        yield Sessions(client, store, directory, run_id=record.run_id if record else None)
 
 
 def _report(session: Session, done: str, as_json: bool) -> None:

@@ -85,6 +85,8 @@ def export(
     The adapter is a .pt (nothing in its pickle can run, torch is not needed)
     or a .safetensors. The same checkpoint and base give the same bytes.
     What a reader would refuse is refused here, before the base is hashed.
+
+    Exit status: 0 written, 2 refused.
     """
     with _hashing(base, mmproj) as progress:
         sidecar = export_sidecar(
@@ -171,6 +173,8 @@ def materialize(
 
     Tensors have their names, shapes and bytes again, the config its members
     in their order. torch is not needed.
+
+    Exit status: 0 written, 2 refused.
     """
     for path in write_back(read_sidecar(file), output, format=format.value, force=force):
         typer.echo(str(path))
@@ -208,6 +212,8 @@ def rebind(
     attention in the target layers. That its weights come from the training
     that the memory belongs to is not proven: only figures are compared.
     Run `llamamem smoke` with both.
+
+    Exit status: 0 written, 2 refused.
     """
     with _hashing(base) as progress:
         sidecar, warnings = rebind_sidecar(file, base, output, progress)
@@ -222,7 +228,10 @@ def rebind(
 
 
 def zero(file: File, output: Output) -> None:
-    """Copy a sidecar with all its deltas zeroed: a control that must not change the base's output."""
+    """Copy a sidecar with all its deltas zeroed: a control that must not change the base's output.
+
+    Exit status: 0 written, 2 refused.
+    """
     _report(zero_sidecar(file, output))
 
 

@@ -30,6 +30,9 @@ def smoke_command(
 ) -> None:
     """Does the sidecar change the greedy text, and a zeroed sidecar leave it as it is?
 
+    llama-completion runs three times on the prompt: base, sidecar, sidecar with its deltas zeroed. Text proves nothing
+    about a server; `llamamem health` does.
+
     Exit status: 0 base and sidecar part and base and zeroed agree, 1 they do not, 2 it could not be run.
     """
     build = find_build(bin_dir=bin_dir)
@@ -50,13 +53,14 @@ def print_report(report: SmokeReport, console: Console) -> None:
     show("sidecar", report.sidecar)
     show("zeroed", report.zeroed)
     if report.parted_token is not None:
-        console.print(f"base and sidecar part at new token {report.parted_token} (counted from 0)")
-    elif report.parted_char is not None:
-        console.print(f"base and sidecar part at character {report.parted_char} (counted from 0)")
+        base, sidecar = ("the end" if t is None else t for t in (report.base_token, report.sidecar_token))
+        console.print(
+            f"base and sidecar part at new token {report.parted_token} (counted from 0): {base} and {sidecar}"
+        )
     else:
         console.print("[red]base and sidecar do not part: the memory has no effect on this prompt[/]")
     if report.zeroed_equals_base:
         console.print("zeroed sidecar and base agree, token for token")
     else:
         console.print("[red]zeroed sidecar and base differ: more than the deltas changes the output[/]")
-    console.print("This is about one text only; numbers are compared by `llamamem parity`.")
+    console.print("This is about one text only; the proof is `llamamem health`, against a running server.")

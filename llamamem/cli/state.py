@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from llamamem.errors import LlamamemError
 from llamamem.formats import state_math
+from llamamem.formats.outputs import check_target
 from llamamem.formats.sidecar import Sidecar, read_sidecar
 from llamamem.formats.sidecar_inspect import printable
 from llamamem.formats.state import KINDS, Identity, State, identity_of, read_state, write_state
@@ -57,12 +58,15 @@ def show(
     png: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Also draw the matrices.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a state belongs to, how much was written to it, and how much of it is in use."""
+    """Show what a state belongs to, how much was written to it, and how much of it is in use.
+
+    Exit status: 0 shown, 2 it is damaged or of another sidecar.
+    """
     bound = read_sidecar(sidecar) if sidecar else None
     state = _read(file, sidecar=bound)
     layers = [layer.layer for layer in bound.layers] if bound else None
     if png:
-        _check_target(png, "--png", (file,), is_png, "a PNG")
+        check_target(png, "--png", (file,), is_png, "a PNG")
         title = f"{printable(file.name)}: {_written(state, 0)}"
         draw_state(state, png, layers or range(state.layers), title)
     found = state_math.describe(state, layers)
@@ -99,8 +103,11 @@ def blend(
     alpha: Annotated[float, typer.Option(help="Share of B, 0 to 1.", show_default=False)],
     output: Output,
 ) -> None:
-    """Write (1 - alpha) A + alpha B as a new memory. The token counter stays A's: B is mixed in where A stands."""
-    _check_target(output, "--output", (a, b), is_memory_file, "a memory-only state")
+    """Write (1 - alpha) A + alpha B as a new memory. The token counter stays A's: B is mixed in where A stands.
+
+    Exit status: 0 written, 2 they do not go together.
+    """
+    check_target(output, "--output", (a, b), is_memory_file, "a memory-only state")
     _report(write_state(output, state_math.blend(_read(a), _read(b), alpha)))
 
 
@@ -109,8 +116,11 @@ def decay(
     factor: Annotated[float, typer.Option(help="0 forgets all, 1 nothing.", show_default=False)],
     output: Output,
 ) -> None:
-    """Write A with its matrices times a factor as a new memory. The token counter stays A's."""
-    _check_target(output, "--output", (a,), is_memory_file, "a memory-only state")
+    """Write A with its matrices times a factor as a new memory. The token counter stays A's.
+
+    Exit status: 0 written, 2 it could not be.
+    """
+    check_target(output, "--output", (a,), is_memory_file, "a memory-only state")
     _report(write_state(output, state_math.decay(_read(a), factor)))
 
 
@@ -146,7 +156,10 @@ def verify(
 
 
 def rebase() -> None:
-    """Refused by design: a state means nothing to another sidecar or base."""
+    """Refused by design: a state means nothing to another sidecar or base.
+
+    Exit status: 2, always.
+    """
     raise LlamamemError(_NO_REBASE)
 
 
@@ -163,16 +176,6 @@ def _hashing(file: Path) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
         yield lambda n: bar.advance(task, n)
-
-
-def _check_target(path: Path, flag: str, inputs: Sequence[Path], is_kind: Callable[[Path], bool], kind: str) -> None:
-    """Nothing is written over an input, nor over a file of another kind."""
-    if not path.is_file():
-        return
-    if any(source.exists() and path.samefile(source) for source in inputs):
-        raise LlamamemError(f"{path}: is the input itself; give another {flag}")
-    if not is_kind(path):
-        raise LlamamemError(f"{path}: is there and is not {kind}; give another {flag}, or remove it yourself")
 
 
 def _report(state: State) -> None:

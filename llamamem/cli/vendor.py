@@ -15,12 +15,18 @@ def register(app: typer.Typer) -> None:
 
 
 def fetch() -> None:
-    """Download the pinned sdist by hash and unpack llama.cpp from it, unless it is there."""
+    """Download the pinned sdist by hash and unpack llama.cpp from it, unless it is there.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
     typer.echo(vendor.fetch())
 
 
 def apply() -> None:
-    """Bring the tree to the pin and the patch series; refuse (exit 2) when that would lose local edits."""
+    """Bring the tree to the pin and the patch series; refuse when that would lose local edits.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
     if not vendor.apply():
         typer.echo("llamamem: up to date", err=True)
     typer.echo(vendor.tree_path())
@@ -29,13 +35,19 @@ def apply() -> None:
 def refresh(
     into: str = typer.Option(None, metavar="PATCH", help="The patch that uncommitted edits belong to, as in 0003."),
 ) -> None:
-    """Write the commits of the tree back to patches/ and the lock file."""
+    """Write the commits of the tree back to patches/ and the lock file.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
     if not vendor.refresh(into=into):
         typer.echo("llamamem: nothing changed", err=True)
 
 
 def verify() -> None:
-    """Check that pin + series give the recorded tree and that the files are that tree; exit 1 naming what differs."""
+    """Check that pin + series give the recorded tree and that the files are that tree; name what differs.
+
+    Exit status: 0 they are, 1 something differs, 2 it could not be checked.
+    """
     problems = vendor.verify()
     for problem in problems:
         typer.echo(problem)

@@ -1,7 +1,8 @@
 """The divergence smoke test: does the sidecar change what the model says, and a zeroed one change nothing?
 
 `llama-completion` runs three times on one prompt, greedy, with the same flags: base alone, sidecar, sidecar with its
-deltas zeroed. Base and sidecar must part; base and zeroed must be the same, token for token and byte for byte.
+deltas zeroed. Base and sidecar must part; base and zeroed must be the same, token for token and byte for byte. That is
+a sign of a live memory in one text; the proof by behaviour is `llamamem health`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.sidecar_export import zero_sidecar
+from llamamem.formats.sidecar_copy import zero_sidecar
 
 DEFAULT_PROMPT = "My name is Ada and I keep bees. What is my name, and what do I keep?"
 
@@ -26,9 +27,9 @@ _SESSION_MAGIC = b"nsgg"
 
 @dataclass(frozen=True)
 class Generated:
-    """What one run said: ids of the new tokens (None if its session file was not written) and their text."""
+    """What one run said: ids of the new tokens and their text."""
 
-    tokens: tuple[int, ...] | None
+    tokens: tuple[int, ...]
     text: str
 
 
@@ -36,7 +37,8 @@ class Generated:
 class SmokeReport:
     """`parted_token`, `parted_char`: index among the new tokens or characters where base and sidecar first differ.
 
-    Either is None when they do not differ there (special tokens have no text).
+    Either is None when they do not differ there (special tokens have no text). `base_token` and `sidecar_token` are
+    the ids at `parted_token`, None where that run had ended.
     """
 
     prompt: str
@@ -44,12 +46,14 @@ class SmokeReport:
     sidecar: Generated
     zeroed: Generated
     parted_token: int | None
+    base_token: int | None
+    sidecar_token: int | None
     parted_char: int | None
     zeroed_equals_base: bool
 
     @property
     def parted(self) -> bool:
-        return self.parted_token is not None or self.parted_char is not None
+        return self.parted_token is not None
 
     @property
     def ok(self) -> bool:
@@ -80,12 +84,18 @@ def smoke(
             _generate(bin_dir, [*common, *memory], Path(scratch) / f"{i}.session", timeout)
             for i, memory in enumerate(([], _memory(sidecar), _memory(zeroed)))
         )
+    part = _first_difference(base_run.tokens, sidecar_run.tokens)
+    base_token, sidecar_token = (
+        run.tokens[part] if part is not None and part < len(run.tokens) else None for run in (base_run, sidecar_run)
+    )
     return SmokeReport(
         prompt=prompt,
         base=base_run,
         sidecar=sidecar_run,
         zeroed=zeroed_run,
-        parted_token=_first_difference(base_run.tokens, sidecar_run.tokens),
+        parted_token=part,
+        base_token=base_token,
+        sidecar_token=sidecar_token,
         parted_char=_first_difference(base_run.text, sidecar_run.text),
         zeroed_equals_base=base_run == zeroed_run,
     )
@@ -117,8 +127,9 @@ def _generate(bin_dir: Path, arguments: list[str], session: Path, timeout: float
         )
     counted = re.search(r"number of tokens in prompt = (\d+)", log)
     tokens = _session_tokens(session)
-    new = tokens[int(counted.group(1)) :] if tokens is not None and counted else None
-    return Generated(new, _text(done.stdout.decode("utf-8", "replace")))
+    if tokens is None or counted is None:
+        raise LlamamemError(f"{binary}: did not write down its tokens; it is not of this pin: run `llamamem build`")
+    return Generated(tokens[int(counted.group(1)) :], _text(done.stdout.decode("utf-8", "replace")))
 
 
 def _session_tokens(path: Path) -> tuple[int, ...] | None:
@@ -136,7 +147,7 @@ def _text(stdout: str) -> str:
     return body.rpartition("\n")[0] if notice else stdout.rstrip("\n")
 
 
-def _first_difference(a: tuple[int, ...] | str | None, b: tuple[int, ...] | str | None) -> int | None:
-    if a is None or b is None or a == b:
+def _first_difference(a: tuple[int, ...] | str, b: tuple[int, ...] | str) -> int | None:
+    if a == b:
         return None
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

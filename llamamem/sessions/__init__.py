@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from llamamem.sessions.chat import Chat, SlotMemory
 from llamamem.sessions.client import Sessions
 from llamamem.sessions.directory import DirectoryStore
-from llamamem.sessions.session import Conflict, Entry, Memory, Session, SessionStore
+from llamamem.sessions.session import Conflict, Entry, Memory, Missing, Session, SessionStore
 from llamamem.sessions.sqlite import SqliteStore
 
 __all__ = [
+    "Chat",
     "Conflict",
     "DirectoryStore",
     "Entry",
     "Memory",
+    "Missing",
     "Session",
     "SessionStore",
     "Sessions",
+    "SlotMemory",
     "SqliteStore",
     "open_store",
 ]

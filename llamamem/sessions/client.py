@@ -69,6 +69,13 @@ class Sessions:
             self._remember(slot, saved)
         return saved
 
+    def reset(self, slot: int) -> None:
+        """Drops text and memory of the slot, which holds no session then; what was saved stays."""
+        with self._held(slot):
+            self._identity(slot)
+            self._forget(slot)
+            self.client.erase_slot(slot)
+
     def turn(self, name: str, prompt: Prompt, slot: int, **options: Any) -> dict[str, Any]:
         """Resume, ask, save: the server's answer. When it raises, the session is as it was.
 
@@ -172,7 +179,7 @@ class Sessions:
         return resumed if resumed.run_id == self.run_id else None
 
     def _beside(self, slot: int, suffix: str) -> Path:
-        # servers may share a directory; their ports differ
+        # servers may share a directory; their ports differ. [TAG_SLOT_LOCK] llamamem/proof/health/slot.py names the lock too
         return self.slot_dir / f".llamamem-{self.client.url.port or self.client.url.scheme}-slot-{slot}.{suffix}"
 
     @contextlib.contextmanager

@@ -26,12 +26,12 @@ from llamamem.sessions.session import (
     Damaged,
     Entry,
     Memory,
+    Missing,
     Session,
     check_name,
     check_quota,
     check_state,
     damaged,
-    missing,
     new_session,
     next_version,
     now,
@@ -91,7 +91,7 @@ class DirectoryStore:
         key = _key(check_name(name))
         with self._change(key):
             if not self._files(key):
-                raise missing(name, self.location)
+                raise Missing(name, self.location)
             self._remove(key)
 
     def prune(self, older_than: timedelta) -> list[str]:
@@ -129,7 +129,7 @@ class DirectoryStore:
 
     def _read(self, key: str, name: str) -> tuple[Session, bytes | None]:
         if not self._files(key):
-            raise missing(name, self.location)
+            raise Missing(name, self.location)
         try:
             session = self._session(key)
             return session, self._state(key, session)

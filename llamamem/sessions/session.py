@@ -105,6 +105,13 @@ class Conflict(LlamamemError):
         )
 
 
+class Missing(LlamamemError):
+    """The store has no session of that name."""
+
+    def __init__(self, name: str, location: str) -> None:
+        super().__init__(f"session {name!r}: not in {location}; `llamamem session start` makes one")
+
+
 def now() -> datetime:
     return datetime.now(timezone.utc)
 
@@ -178,10 +185,6 @@ def damaged(name: str, location: str, fault: Damaged) -> LlamamemError:
     return LlamamemError(
         f"session {name!r} in {location}: {fault}; put it back from a backup, or give it up with `llamamem session rm`"
     )
-
-
-def missing(name: str, location: str) -> LlamamemError:
-    return LlamamemError(f"session {name!r}: not in {location}; `llamamem session start` makes one")
 
 
 def taken(name: str, location: str) -> LlamamemError:

@@ -13,12 +13,12 @@ from llamamem.sessions.session import (
     Damaged,
     Entry,
     Memory,
+    Missing,
     Session,
     check_name,
     check_quota,
     check_state,
     damaged,
-    missing,
     new_session,
     next_version,
     now,
@@ -77,7 +77,7 @@ class SqliteStore:
         check_name(name)
         with self._change() as db:
             if db.execute("DELETE FROM session WHERE name = ?", (name,)).rowcount == 0:
-                raise missing(name, self.location)
+                raise Missing(name, self.location)
 
     def prune(self, older_than: timedelta) -> list[str]:
         limit = now() - older_than
@@ -99,7 +99,7 @@ class SqliteStore:
     def _read(self, db: sqlite3.Connection, name: str) -> tuple[Session, bytes | None]:
         row = _row(db, name)
         if row is None:
-            raise missing(name, self.location)
+            raise Missing(name, self.location)
         try:
             return _checked(name, *row)
         except Damaged as e:

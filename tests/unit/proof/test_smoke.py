@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from llamamem.cli import smoke as command
 from llamamem.errors import LlamamemError
 from llamamem.proof import smoke as module
 from llamamem.proof.smoke import smoke
@@ -58,6 +63,7 @@ def test_passes_when_the_sidecar_parts_and_the_zeroed_one_does_not(
     assert report.ok and report.parted_token == report.parted_char == 6
     assert report.base.text == "base line" and report.sidecar.text == "base lane"
     assert report.base.tokens == tuple(b"base line")
+    assert (report.base_token, report.sidecar_token) == (ord("i"), ord("a"))
 
 
 def test_a_sidecar_without_effect_fails(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +79,8 @@ def test_a_zeroed_sidecar_with_effect_fails(files: tuple[Path, Path], monkeypatc
 def test_a_text_that_only_ends_earlier_parts_at_its_end(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(files, "base", "base line", monkeypatch).parted_token == 4
+    report = run(files, "base", "base line", monkeypatch)
+    assert (report.parted_token, report.base_token, report.sidecar_token) == (4, ord(" "), None)
 
 
 def test_a_run_that_fails_says_why(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +88,54 @@ def test_a_run_that_fails_says_why(files: tuple[Path, Path], monkeypatch: pytest
         run(files, "crash", "base line", monkeypatch)
 
 
-def test_missing_files_are_named(files: tuple[Path, Path]) -> None:
+def test_a_run_that_writes_down_no_tokens_is_no_result(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts alone could be equal where tokens are not."""
+    monkeypatch.setattr(module, "_session_tokens", lambda path: None)
+    with pytest.raises(LlamamemError, match="did not write down its tokens"):
+        run(files, "base lane", "base line", monkeypatch)
+
+
+def test_missing_files_are_named(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, sidecar = files
     with pytest.raises(LlamamemError, match=r"sidecar .*side\.gguf: no such file"):
         smoke(model, sidecar, bin_dir=model.parent)
-    sidecar.touch()
     (model.parent / "llama-completion").unlink()
-    sidecar.write_bytes(b"x")
-    with pytest.raises(LlamamemError):
-        smoke(model, sidecar, bin_dir=model.parent)
+    with pytest.raises(LlamamemError, match=r"llama-completion: no such binary; run `llamamem build`"):
+        run(files, "base lane", "base line", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "zeroed", "status", "said"),
+    [
+        ("base lane", "base line", 0, "part at new token 6 (counted from 0): 105 and 97"),
+        ("base line", "base line", 1, "do not part"),
+        ("base lane", "base linE", 1, "zeroed sidecar and base differ"),
+    ],
+)
+def test_the_command_says_it_and_exits_so(
+    llamamem: Callable[..., Any],
+    files: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    sidecar: str,
+    zeroed: str,
+    status: int,
+    said: str,
+) -> None:
+    model, path = files
+    path.write_text(sidecar)
+    monkeypatch.setattr(module, "zero_sidecar", lambda source, target: target.write_text(zeroed))
+    monkeypatch.setattr(command, "find_build", lambda bin_dir: SimpleNamespace(bin_dir=model.parent))
+    arguments = ("smoke", "--model", model, "--sidecar", path, "--prompt", "abc")
+    plain, machine = llamamem(*arguments), llamamem(*arguments, "--json")
+    assert plain.status == machine.status == status
+    assert said in plain.out and "base line" in plain.out and sidecar in plain.out and "llamamem health" in plain.out
+    report = json.loads(machine.out)
+    assert report["ok"] is (status == 0) and report["zeroed"]["text"] == zeroed
+
+
+def test_the_command_exits_2_when_it_cannot_be_run(llamamem: Callable[..., Any], files: tuple[Path, Path]) -> None:
+    model, sidecar = files
+    result = llamamem("smoke", "--model", model, "--sidecar", sidecar, "--bin-dir", model.parent)
+    assert result.status == 2 and result.out == "" and result.err.startswith("llamamem: error: ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class Slot:
     text: list[str] = field(default_factory=list)
     tokens: int = 0
     value: int = 0
+    origin: tuple[int, int] = (0, 0)  # tokens and value that a new text starts on
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, words: list[str]) -> None:
@@ -58,6 +60,12 @@ class Died(Exception):
     """The connection is cut without an answer."""
 
 
+class _Http(ThreadingHTTPServer):
+    def handle_error(self, *args: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may go away
+            super().handle_error(*args)
+
+
 class FakeServer:
     """`before[action]` is called with the slot ahead of an action or "completion"; it may raise Refused or Died."""
 
@@ -67,8 +75,10 @@ class FakeServer:
         self.identity: Identity | None = IDENTITY
         self.before: dict[str, Callable[[Slot], Any]] = {}
         self.after: dict[str, Callable[[Slot], Any]] = {}
+        self.hold: Callable[[int], Any] = lambda number: None
+        self.finish_reason = "stop"
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http = _Http(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> FakeServer:
@@ -91,8 +101,13 @@ class FakeServer:
     def props(self) -> dict[str, Any]:
         props: dict[str, Any] = {"total_slots": len(self.slots)}
         if self.identity is not None:
-            props["rwkv_ms"] = {**self.identity._asdict(), "mode": "batched"}
+            props["rwkv_ms"] = {**self.identity._asdict(), "mode": "batched", "layers": [3]}
         return props
+
+    def state(self, id_slot: int) -> dict[str, Any]:
+        slot = self.slots[id_slot]
+        memory = {"tokens_written": slot.tokens, "norms": [float(slot.value)], "frozen": False, "scale": 1.0}
+        return {"id": id_slot, "rwkv_ms": memory}
 
     def act(self, action: str, id_slot: int, body: dict[str, Any]) -> dict[str, Any]:
         slot = self.slots[id_slot % len(self.slots)]  # as the real one does
@@ -108,7 +123,7 @@ class FakeServer:
         return {"id_slot": id_slot, **answer}
 
     def erase(self, slot: Slot, body: dict[str, Any]) -> dict[str, Any]:
-        slot.text, slot.tokens, slot.value = [], 0, 0
+        slot.text, slot.tokens, slot.value, slot.origin = [], 0, 0, (0, 0)
         return {"n_erased": 0}
 
     def save(self, slot: Slot, body: dict[str, Any]) -> dict[str, Any]:
@@ -123,13 +138,18 @@ class FakeServer:
         except LlamamemError as e:
             raise Refused(f"Unable to restore the memory: {e}") from None
         slot.text, slot.tokens, slot.value = [], int(state.tokens_written[0, 0]), int(state.S[0, 0, 0, 0, 0, 0])
+        slot.origin = slot.tokens, slot.value
         return {"filename": body["filename"], "n_bytes": state.size, "tokens_written": slot.tokens}
 
     def complete(self, slot: Slot, body: dict[str, Any]) -> dict[str, Any]:
         prompt = body.get("prompt") or " ".join(message["content"] for message in body.get("messages", []))
         words = prompt.split() if isinstance(prompt, str) else [str(token) for token in prompt]
+        reused = len(slot.text) if body["cache_prompt"] and words[: len(slot.text)] == slot.text else 0
         if slot.text and not body["cache_prompt"]:
             self.erase(slot, {})
+        elif not reused:
+            slot.text, (slot.tokens, slot.value) = [], slot.origin
+        words = words[reused:]
         frozen = body.get("rwkv_ms", {}).get("frozen", False)
         kept = replace(slot)
         slot.read(words)
@@ -137,7 +157,7 @@ class FakeServer:
         slot.read([said])
         if frozen:
             slot.tokens, slot.value = kept.tokens, kept.value
-        timings = {"cache_n": 0, "prompt_n": len(words), "predicted_n": 2}  # the second one is never written
+        timings = {"cache_n": reused, "prompt_n": len(words), "predicted_n": 2}  # the second one is never written
         return {"content": said, "timings": timings}
 
     def _handler(server) -> type[BaseHTTPRequestHandler]:
@@ -146,7 +166,8 @@ class FakeServer:
             wbufsize = -1  # an answer goes out at once, head and body
 
             def do_GET(self) -> None:
-                self.answer(200, server.props())
+                slots = [server.state(i) for i in range(len(server.slots))]
+                self.answer(200, slots if self.path == "/slots" else server.props())
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -157,7 +178,11 @@ class FakeServer:
                     action, id_slot = "completion", body["id_slot"]
                 server.asked.append((action, body))
                 try:
-                    self.answer(200, server.act(action, id_slot, body))
+                    answer = server.act(action, id_slot, body)
+                    if body.get("stream"):
+                        self.stream(answer)
+                    else:
+                        self.answer(200, answer)
                 except Refused as e:
                     self.answer(400, {"error": {"code": 400, "message": str(e), "type": "invalid_request_error"}})
                 except Died:
@@ -170,6 +195,23 @@ class FakeServer:
                 self.end_headers()
                 self.wfile.write(data)
                 self.wfile.flush()
+
+            def stream(self, answer: dict[str, Any]) -> None:
+                """The text in pieces of two characters. `server.hold` is called between them."""
+                said, timings = answer["content"], answer["timings"]
+                deltas = [{"role": "assistant"}, *({"content": said[i : i + 2]} for i in range(0, len(said), 2))]
+                events: list[dict[str, Any]] = [{"choices": [{"finish_reason": None, "delta": d}]} for d in deltas]
+                events.append({"choices": [{"finish_reason": server.finish_reason, "delta": {}}]})
+                events.append({"choices": [], "usage": {"completion_tokens": timings["predicted_n"]}})
+                self.close_connection = True
+                self.send_response(200)
+                self.send_header("Connection", "close")
+                self.end_headers()
+                for number, event in enumerate(events):
+                    server.hold(number)
+                    self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                    self.wfile.flush()
+                self.wfile.write(b"data: [DONE]\n\n")
 
             def log_message(self, *args: object) -> None:
                 pass
