@@ -2,13 +2,16 @@
 
     python tools/make_hostile_sidecars.py [FOLDER]
 
-The same run gives the same bytes. What is in FOLDER is replaced: *.gguf and cases.json.
+The same run gives the same bytes. In FOLDER, cases.json and the files that it has are replaced; all else stays, such as
+what a fuzzer found.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from hostile import config_cases, file_cases, json_cases, key_cases, sound_cases, tensor_cases
@@ -19,16 +22,21 @@ FOLDER = Path(__file__).parents[1] / "tests" / "data" / "hostile"
 
 def main() -> None:
     """Writes the folder."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    parser = argparse.ArgumentParser(description="Writes a small file for each way in which a sidecar can be wrong.")
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="default: tests/data/hostile")
+    folder: Path = parser.parse_args().folder
     cases = [case for module in MODULES for case in module.cases()]
+    names = Counter(case.name for case in cases)
+    if twice := [name for name, n in names.items() if n > 1]:
+        sys.exit(f"two cases of one name: {', '.join(twice)}")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.gguf"):
-        old.unlink()
+    listed = folder / "cases.json"
+    for old in json.loads(listed.read_text()) if listed.exists() else ():
+        (folder / Path(old["file"]).name).unlink(missing_ok=True)
     for case in cases:
-        with (folder / f"{case.name}.gguf").open("xb") as file:  # two cases of one name are an error
-            file.write(case.data)
+        (folder / f"{case.name}.gguf").write_bytes(case.data)
     rows = [{"file": f"{c.name}.gguf", "reason": c.reason, "names": list(c.names), "why": c.why} for c in cases]
-    (folder / "cases.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    listed.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     print(f"{folder}: {len(cases)} files, {sum(len(case.data) for case in cases)} bytes", file=sys.stderr)
 
 

@@ -41,6 +41,7 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "d",
 }
 _MAX_FILE = 1 << 30  # bytes, of a file that is read as a whole; the published sidecar has 1.7 MB
+_PIECE = 4 << 20  # bytes
 _MAX_COUNT = 1 << 16  # of keys, of tensors
 _MAX_NUMEL = 1 << 48
 _MAX_NAME = 63  # bytes of a tensor's name, as ggml has it
@@ -161,7 +162,10 @@ def write_gguf(path: str | Path, fields: Mapping[str, GgufField], tensors: Seque
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it replaces `path` when all went well and is removed when not."""
+    """A path beside `path` to write to; it replaces `path` when all went well and is removed when not.
+
+    What was written, and that it was renamed, is on the disk on return.
+    """
     if not path.parent.is_dir():
         raise LlamamemError(f"{path}: its directory does not exist; create it or give another --output")
     if path.is_dir():
@@ -172,10 +176,20 @@ def replacing(path: Path) -> Iterator[Path]:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+        _flush_directory(path.parent)
     except OSError as e:
         raise LlamamemError(f"{path}: cannot be written ({e.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _flush_directory(path: Path) -> None:
+    """Waits until the names in a directory are on the disk: a rename may be lost without it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _refused(reason: str, text: str) -> LlamamemError:
@@ -186,15 +200,19 @@ def _read_whole(path: Path) -> bytes:
     """At once, so that what is checked is what is used."""
     try:
         with path.open("rb") as file:
-            large = os.fstat(file.fileno()).st_size > _MAX_FILE
-            data = b"" if large else file.read(_MAX_FILE + 1)
+            size = os.fstat(file.fileno()).st_size
+            # memory is taken for all that is asked for: never more than there is, which of a pipe is not known
+            pieces = [file.read(size)] if size <= _MAX_FILE else []
+            while size <= _MAX_FILE and (piece := file.read(_PIECE)):
+                pieces.append(piece)
+                size += len(piece)
     except FileNotFoundError:
         raise _refused("unreadable", "no such file; check the path") from None
     except OSError as e:
         raise _refused("unreadable", f"cannot be read ({e.strerror}); check the path") from None
-    if large or len(data) > _MAX_FILE:
+    if size > _MAX_FILE:
         raise _refused("too-large", f"is over {_MAX_FILE >> 20} MiB, which no sidecar is; is it the base model?")
-    return data
+    return b"".join(pieces)
 
 
 def _padded(n: int, alignment: int) -> int:

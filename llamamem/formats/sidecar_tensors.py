@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,11 +13,13 @@ import numpy as np
 from llamamem.errors import LlamamemError
 from llamamem.formats.base import AttentionLayer
 from llamamem.formats.findings import Findings, quoted
-from llamamem.formats.gguf_file import GgufTensor
+from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor
 from llamamem.formats.sidecar_keys import Said
 from llamamem.formats.sidecar_layout import HEADS, PREFIX, VECTORS, short_name, values
 
 Shape = tuple[int, ...]
+
+_PIECE = 1 << 20  # values
 
 
 class _Place(NamedTuple):
@@ -159,10 +162,15 @@ def _check_hash(tensor: GgufTensor, entry: dict[str, Any] | None) -> None:
 
 
 def _check_values(tensor: GgufTensor) -> None:
-    finite = np.isfinite(values(tensor)).reshape(-1)
-    if not finite.all():
-        text = f"tensor {quoted(tensor.name)} holds NaN or infinity, first at value {int(finite.argmin())}"
-        raise LlamamemError(text, reason="tensor-nonfinite")
+    """In pieces, as a tensor of a hostile file may be as large as the file, and twice that in fp32."""
+    size = TYPE_SIZE[tensor.dtype]
+    for start in range(0, len(tensor.data), _PIECE * size):
+        data = tensor.data[start : start + _PIECE * size]
+        finite = np.isfinite(values(replace(tensor, data=data, shape=(len(data) // size,))))
+        if not finite.all():
+            at = start // size + int(finite.argmin())
+            text = f"tensor {quoted(tensor.name)} holds NaN or infinity, first at value {at}"
+            raise LlamamemError(text, reason="tensor-nonfinite")
 
 
 def _plain(shape: Shape) -> Shape:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
-from llamamem.formats.gguf_file import GgufField, GgufTensor, write_gguf
+from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf_index, write_gguf
 from llamamem.formats.sidecar import PREFIX, TYPES, Sidecar, manifest_entry
 
 
@@ -45,6 +46,27 @@ def attention_of(sidecar: Sidecar) -> list[dict[str, Any]]:
 def config_with(sidecar: Sidecar, drop: str = "", **changes: Any) -> dict[str, Any]:
     config = {k: v for k, v in (sidecar.config | changes).items() if k != drop}
     return {"config_json": json.dumps(config)}
+
+
+def requantised(model_a: Path, path: Path, without: str = "", **changes: Any) -> Path:
+    """The header of model_a's base as another file: other values of keys, and without a tensor. It has no weights."""
+    index = read_gguf_index(model_a / "model-f32.gguf")
+    writer = gguf.GGUFWriter(path, "gemma4")
+    for key, field in index.fields.items():
+        name = key.rpartition(".")[2]
+        value = changes.get(name, field.value)
+        if key != "general.architecture" and value is not None:
+            writer.add_key_value(key, value, field.type)
+    for info in index.tensors:
+        if info.name == without:
+            continue
+        shape = changes.get("shapes", {}).get(info.name, info.shape)
+        writer.add_tensor_info(info.name, shape, np.dtype("float16"), 32, gguf.GGMLQuantizationType.F16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
 
 
 def _source(sidecar: Sidecar, name: str) -> str:

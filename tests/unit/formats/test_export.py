@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from sidecar_edits import requantised
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import read_checkpoint
@@ -147,6 +148,17 @@ def test_export_says_what_does_not_fit(llamamem: Callable[..., Any], model_a: Pa
         archive.writestr("x/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
     assert "refused" in export()
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("head", "kv")
+def test_a_delta_of_keys_that_are_values_too(head: str, model_a: Path, tmp_path: Path) -> None:
+    base = requantised(model_a, tmp_path / "base.gguf", without="blk.3.attn_v.weight")
+    config = json.loads((model_a / "delta_mem_config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"delta_heads": [head]}))
+    with pytest.raises(LlamamemError, match=f"delta head {head} is active on layer 3.* its values are its keys") as e:
+        export_sidecar(model_a, base, tmp_path / "x.gguf", config=str(tmp_path / "config.json"))
+    assert e.value.reason == "base-heads" and not (tmp_path / "x.gguf").exists()
+    export_sidecar(model_a, base, tmp_path / "x.gguf")  # of q and o
 
 
 def test_a_base_of_another_architecture_or_hidden_size(model_a: Path, tmp_path: Path) -> None:

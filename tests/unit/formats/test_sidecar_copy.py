@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
+from sidecar_edits import requantised
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import read_gguf_index
@@ -48,25 +48,6 @@ def test_zero_leaves_its_input_alone(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(LlamamemError, match="is the input itself"):
         zero_sidecar(path, path)
     assert path.read_bytes() == exported.read_bytes()
-
-
-def requantised(model_a: Path, path: Path, **changes: Any) -> Path:
-    """The header of model_a's base as another file, with other values of keys; no weights follow it."""
-    index = read_gguf_index(model_a / BASE)
-    writer = gguf.GGUFWriter(path, "gemma4")
-    for key, field in index.fields.items():
-        name = key.rpartition(".")[2]
-        value = changes.get(name, field.value)
-        if key != "general.architecture" and value is not None:
-            writer.add_key_value(key, value, field.type)
-    for info in index.tensors:
-        shape = changes.get("shapes", {}).get(info.name, info.shape)
-        writer.add_tensor_info(info.name, shape, np.dtype("float16"), 32, gguf.GGMLQuantizationType.F16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return path
 
 
 def test_rebind_changes_the_base_alone(

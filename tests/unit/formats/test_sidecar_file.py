@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.gguf_file import replacing
 from llamamem.formats.sidecar import REASONS, read_sidecar, validate_sidecar
 
 U8, U32, F32, STRING, ARRAY, U64 = 0, 4, 6, 8, 9, 10  # types of values
@@ -135,6 +137,25 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert caught.value.reason == reason
         (found,) = validate_sidecar(tmp_path / name).findings
         assert found.reason == reason and str(tmp_path) not in found.message
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_then_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def logged_fsync(fd: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    def logged_rename(self: Path, target: Path) -> Path:
+        done.append("name")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(Path, "replace", logged_rename)
+    with replacing(tmp_path / "x") as part:
+        part.write_bytes(b"x")
+    assert done == ["file", "name", "folder"]
 
 
 def test_hostile_counts_take_no_time(tmp_path: Path) -> None:
