@@ -12,6 +12,7 @@ import numpy as np
 from llamamem.formats.fixture import DELTAS, FEATURES, FixtureSequence, LayerFixture, read_fixture
 from llamamem.reference import oracle
 from llamamem.reference.oracle import LayerTrace, MemoryShape
+from llamamem.reference.require import require_torch
 
 Engine = Callable[..., LayerTrace]
 
@@ -50,9 +51,14 @@ class FixtureReport:
 
 
 def engine(name: str) -> Engine:
-    """The function behind an engine's name: `numpy` is the oracle, `native` the compiled op in process."""
+    """The function behind an engine's name: `numpy` is the oracle, `native` the compiled op, `torch` the reference."""
     if name == "numpy":
         return oracle.eval_layer
+    if name == "torch":
+        require_torch("--engine torch")
+        from llamamem.reference import torch_memory  # only here: it is optional
+
+        return torch_memory.eval_layer
     from llamamem.native import runtime  # only here: it needs a build and the bindings
 
     return runtime.eval_layer
