@@ -2,16 +2,15 @@
 
     python tools/make_demo_model.py --output llamamem/demo --log demo.log
 
-Needs PyTorch (pip install 'llamamem[reference]'). `--only adapter` keeps the base that is there and trains the adapter.
+Needs PyTorch (pip install 'llamamem[reference]'). `--only adapter` keeps the base that is there and trains the adapter,
+from where an earlier run of it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -62,7 +61,7 @@ def make_base(folder: Path, seed: int, log: Log) -> None:
 def make_adapter(base: Path, folder: Path, seed: int, log: Log) -> None:
     """Trains the adapter on the recall task and writes its checkpoint."""
     from llamamem.reference import train_run
-    from llamamem.reference.train import Progress
+    from llamamem.reference.train import STATE, Progress
 
     recent: deque[float] = deque(maxlen=20)
     stage = -1
@@ -75,13 +74,12 @@ def make_adapter(base: Path, folder: Path, seed: int, log: Log) -> None:
             recall = sum(recent) / len(recent)
             log(f"adapter  step {progress.step:4}  stage {stage}  loss {progress.loss:.3f}  recall {recall:.3f}")
 
-    with tempfile.TemporaryDirectory(prefix="llamamem-demo-") as scratch:
-        request = train_run.Request(base=base, output=Path(scratch) / "adapter", seed=seed)
-        train_run.run(request, show)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (Path(scratch) / "adapter").glob("*adapter*"):
-            shutil.copy(file, folder)
-        shutil.copy(Path(scratch) / "adapter" / "delta_mem_config.json", folder)
+    state = folder / STATE
+    request = train_run.Request(base=base, output=folder, seed=seed, save_every=25, resume=state.is_file())
+    if request.resume:
+        log("adapter  goes on where it was stopped")
+    train_run.run(request, show)
+    state.unlink()
 
 
 def pack(output: Path, log: Log) -> None:
@@ -110,7 +108,7 @@ def main() -> None:
     import transformers
 
     torch.set_num_threads(1)  # the same sums in the same order, and no slower at this size
-    with args.log.open("w") if args.log else open(os.devnull, "w") as file:
+    with args.log.open("a" if args.only else "w") if args.log else open(os.devnull, "w") as file:
         log = Log(file)
         log(f"torch {torch.__version__}, transformers {transformers.__version__}, seed {args.seed}")
         if args.only is None:

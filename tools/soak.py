@@ -1,6 +1,9 @@
 """Wears the launcher and the server out: start/stop cycles, then a long mix of requests; what is left, what has grown.
 
     tools/soak.py --model M.gguf --sidecar S.gguf --cycles 200 --requests 2000
+    tools/soak.py --model M.gguf --sidecar S.gguf --cycles 0 --profile batched -- --cache-ram 0
+
+The second one without upstream's cache of prompts in RAM, which may fill 8 GiB and is meant to.
 
 Each cycle is a `llamamem serve` of its own, ended in another way by turns (Ctrl-C, SIGTERM, `llamamem stop`, SIGKILL of
 launcher or server, a signal while it loads); afterwards no process, no port and no file may be left. The requests are
@@ -53,8 +56,9 @@ def main() -> int:
     parser.add_argument(
         "--health", action="store_true", help="end the requests with `llamamem health`, which must hold"
     )
+    parser.add_argument("extra", nargs="*", help="after --: for llama-server")
     args = parser.parse_args()
-    report: dict[str, Any] = {"profile": args.profile}
+    report: dict[str, Any] = {"profile": args.profile, "extra": args.extra}
     with tempfile.TemporaryDirectory(prefix="llamamem-soak-") as name:
         scratch = Path(name)
         for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "TMPDIR"):
@@ -81,7 +85,7 @@ def say(text: str) -> None:
 def served(args: argparse.Namespace, port: int, talk: Path) -> Iterator[subprocess.Popen[str]]:
     line = [*LLAMAMEM, "serve", "--json", "--model", str(args.model), "--sidecar", str(args.sidecar)]
     line += ["--profile", args.profile, "--ctx-size", str(args.ctx_size), "--port", str(port)]
-    line += ["--", "--threads", str(args.threads)]
+    line += ["--", "--threads", str(args.threads), *args.extra]
     with talk.open("w") as err:
         process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, text=True)
     try:

@@ -17,7 +17,7 @@ from llamamem.formats.demo_files import demo_files
 from llamamem.native.build import find_build
 from llamamem.proof.recall import REQUIRED, ROWS, RecallReport, bars, recall
 from llamamem.proof.recall_picture import draw_recall
-from llamamem.proof.serve_run import LONGEST, served
+from llamamem.proof.serve_run import LONGEST, ONE_THREAD, served
 from llamamem.serving.client import Client
 
 _ROWS = ",".join(f"{facts}:{gap}" for facts, gap in ROWS)
@@ -49,6 +49,7 @@ def recall_command(
     with tempfile.TemporaryDirectory(prefix="llamamem-recall-") as slots:
         serve = ["--model", str(files.model), "--sidecar", str(files.sidecar), "--port", "0", "--profile", "fused"]
         serve += ["--ctx-size", str(1024 * (1 + longest // 512)), "--bin-dir", str(build.bin_dir), "--slot-dir", slots]
+        serve += ONE_THREAD
         console = Console(stderr=True)
         bar = Progress(console=console, transient=True, disable=not console.is_terminal)
         with served(serve) as server, Client(server.url, timeout=LONGEST) as client, bar:

@@ -14,7 +14,7 @@ from llamamem.errors import LlamamemError
 from llamamem.reference.require import require_torch
 
 if TYPE_CHECKING:
-    from llamamem.proof.conversation import Turn
+    from llamamem.proof.conversation_report import Turn
     from llamamem.reference.talk import Said
 
 
@@ -58,6 +58,9 @@ GeluOf = Annotated[Gelu, typer.Option("--gelu", help="ggml: through fp16, as lla
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens of an answer, at most.")]
 Script = Annotated[Path | None, typer.Option(help="A llamamem_conversation.v1; without it the standard conversation.")]
 ExactGelu = Annotated[bool, typer.Option("--exact-gelu", help="Run the server on the test build's exact GELU.")]
+EveryToken = Annotated[
+    bool, typer.Option("--every-token", help="Look at the memories after every token too; --inject implies it.")
+]
 Inject = Annotated[str | None, typer.Option(metavar="KIND:LAYER:TOKEN", help=_INJECT)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -159,6 +162,7 @@ def parity(
     exact_gelu: ExactGelu = False,
     logits: Annotated[float | None, typer.Option(help="Bound on differences of log-probabilities.")] = None,
     state: Annotated[float | None, typer.Option(help="Bound on differences of the memory's values.")] = None,
+    every_token: EveryToken = False,
     inject: Inject = None,
     dtype: DtypeOf = Dtype.float32,
     bin_dir: Annotated[Path | None, typer.Option(help="A build made elsewhere.")] = None,
@@ -174,7 +178,8 @@ def parity(
     """
     require_torch("llamamem reference")
     from llamamem.formats.conversation import read_script
-    from llamamem.proof.conversation import Bounds, hold
+    from llamamem.proof.conversation import hold
+    from llamamem.proof.conversation_report import Bounds
     from llamamem.reference.attach import Fault
 
     found = hold(
@@ -187,6 +192,7 @@ def parity(
         exact_gelu=exact_gelu,
         dtype=dtype.value,
         bounds=Bounds.of(exact_gelu, logits, state),
+        every_token=every_token or inject is not None,
         inject=None if inject is None else Fault.parse(inject),
         bin_dir=bin_dir,
         show=(lambda turn: None) if as_json else _show,

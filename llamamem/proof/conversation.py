@@ -11,7 +11,6 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from llamamem.formats.conversation import Script, Step
 from llamamem.formats.sidecar import read_sidecar
 from llamamem.formats.state import State, encode_state
 from llamamem.proof.conversation_native import NativeConversation, started
+from llamamem.proof.conversation_report import Bounds, Location, Parity, Turn
 from llamamem.reference import language
 from llamamem.reference.adapter import adapter_of
 from llamamem.reference.attach import Attached, Fault, attach
@@ -31,124 +31,7 @@ from llamamem.reference.conversation import Conversation
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TALK = 400  # tokens of small talk a turn, at most
-_FAR = 10  # times the bound: no rounding
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Largest absolute differences that are rounding: of log-probabilities, and of the matrices and the source."""
-
-    logits: float
-    state: float
-
-    @classmethod
-    def of(cls, exact_gelu: bool, logits: float | None = None, state: float | None = None) -> Bounds:
-        """This project's own, where none is given: with an exact GELU on both sides, or the fp16 table on both."""
-        default = EXACT if exact_gelu else PRODUCT
-        return cls(default.logits if logits is None else logits, default.state if state is None else state)
-
-
-EXACT = Bounds(5e-5, 5e-6)
-PRODUCT = Bounds(1.6e-2, 2e-3)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One step of the script. Differences are absolute; those of a step that is no turn are of the memory alone."""
-
-    step: int
-    what: str
-    ok: bool
-    prompt_tokens: int = 0  # new ones
-    new_tokens: int = 0
-    text: str = ""  # the reference's answer
-    tokens_equal: bool = True
-    first_different: int | None = None  # of the new tokens
-    logits: float = 0.0
-    margin: float | None = None  # the least distance between first and second choice
-    S: float = 0.0
-    prev: float = 0.0
-    counters_equal: bool = True
-    written: int = 0  # tokens, afterwards
-
-
-@dataclass(frozen=True)
-class Location:
-    """The first token after which a memory differs, and the lowest layer in which it does.
-
-    `token` counts from 0 all that went through the reference, `in_step` those of the step. `what` is S, prev or
-    counter; `states` are the matrices of S that differ, as [head, state].
-    """
-
-    step: int
-    token: int
-    in_step: int
-    token_id: int
-    layer: int
-    what: str
-    difference: float
-    states: list[list[int]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        where = (
-            f"layer {self.layer}, token {self.token} (id {self.token_id}, number {self.in_step} of step {self.step})"
-        )
-        matrices = f" in {', '.join(f'head {n} state {m}' for n, m in self.states)}" if self.states else ""
-        return f"{where}: {self.what} differs by {self.difference:.2e}{matrices}"
-
-
-@dataclass(frozen=True)
-class Parity:
-    """`location` is None when all agrees, and when the memories do although the answers do not."""
-
-    ok: bool
-    turns: list[Turn]
-    bounds: Bounds
-    location: Location | None = None
-    injected: Fault | None = None
-
-    @property
-    def holds(self) -> bool:
-        """Whether all agrees; of a conversation with a fault in it, whether the fault was found where it is."""
-        if self.injected is None:
-            return self.ok
-        found = self.location
-        return found is not None and (found.layer, found.token) == (self.injected.layer, self.injected.token)
-
-    @property
-    def largest(self) -> dict[str, float]:
-        """The largest difference of each kind."""
-        return {name: max(getattr(turn, name) for turn in self.turns) for name in ("logits", "S", "prev")}
-
-    @property
-    def margin(self) -> float | None:
-        """The least distance between a first and a second choice, anywhere."""
-        return min((turn.margin for turn in self.turns if turn.margin is not None), default=None)
-
-    @property
-    def summary(self) -> str:
-        """What was found, in a few lines."""
-        if self.ok:
-            generated, prompt = (sum(getattr(t, n) for t in self.turns) for n in ("new_tokens", "prompt_tokens"))
-            far = ", ".join(f"{name} {value:.1e}" for name, value in self.largest.items())
-            said = (
-                f"they agree: {len(self.turns)} steps, {prompt} + {generated} tokens, the same greedy tokens throughout"
-            )
-            said += f"\nlargest differences {far}; closest choice {self.margin or 0:.1e}"
-            return said if self.injected is None else f"{said}\nthe injected fault makes no difference: {self.injected}"
-        last = self.turns[-1]
-        said = f"they part in step {last.step}"
-        if not last.tokens_equal:
-            said += f": another token at new token {last.first_different}"
-        if self.location is not None:
-            return f"{said}\n{self.location}"
-        return f"{said}\nno memory differs before that: look at the base (weights, quantisation, templates)"
-
-    def as_json(self) -> dict[str, Any]:
-        found = asdict(self) | {"holds": self.holds, "largest": self.largest, "margin": self.margin}
-        found["generated_tokens"] = sum(turn.new_tokens for turn in self.turns)
-        found["prompt_tokens"] = sum(turn.prompt_tokens for turn in self.turns)
-        return found
+_FAR = 5  # times the bound: no rounding
 
 
 def standard_script(chunk: int, seed: int = 0, max_new_tokens: int = 16) -> Script:
@@ -180,9 +63,14 @@ def compare(
     native: NativeConversation,
     script: Script,
     bounds: Bounds,
+    *,
+    every_token: bool = False,
     show: Callable[[Turn], None] = lambda turn: None,
 ) -> Parity:
     """Holds the conversation with both and compares; ends at the first step that does not agree.
+
+    What went wrong with one token may be forgotten before its turn ends, and without a trace in the answer: with
+    `every_token` each turn is taken twice, the second time with a look at the memories after every token.
 
     `memory` is attached to `base`. Raises LlamamemError when the two cannot be compared: other sidecars, other chat
     templates or tokenizers, a server that somebody else uses.
@@ -196,11 +84,13 @@ def compare(
         turn, back = run.step(i, step)
         turns.append(turn)
         show(turn)
-        if not turn.ok:
-            location = None if back is None else run.locate(i, back)
+        if back is not None and (every_token or not turn.ok):
+            location = run.locate(turn, back)
+        if location is not None or not turn.ok:
             break
     injected = memory.faults[0] if memory.faults else None
-    return Parity(all(turn.ok for turn in turns), turns, bounds, location, injected)
+    ok = location is None and all(turn.ok for turn in turns)
+    return Parity(ok, turns, bounds, location, injected)
 
 
 def hold(
@@ -214,6 +104,7 @@ def hold(
     exact_gelu: bool = False,
     dtype: str = "float32",
     bounds: Bounds | None = None,
+    every_token: bool = False,
     inject: Fault | None = None,
     bin_dir: Path | None = None,
     show: Callable[[Turn], None] = lambda turn: None,
@@ -243,7 +134,9 @@ def hold(
         ) as (client, slots),
     ):
         native = NativeConversation(client, slots)
-        return compare(reference, memory, native, script, bounds or Bounds.of(exact_gelu), show)
+        return compare(
+            reference, memory, native, script, bounds or Bounds.of(exact_gelu), every_token=every_token, show=show
+        )
 
 
 class _Run:
@@ -348,14 +241,15 @@ class _Run:
         best = allowed.topk(2, dim=-1).values
         return float((best[:, 0] - best[:, 1]).min()) if len(best) else None
 
-    def locate(self, i: int, back: Callable[[], None]) -> Location | None:
+    def locate(self, turn: Turn, back: Callable[[], None]) -> Location | None:
         """Takes the last turn again, token by token, up to the first one after which the memories differ.
 
-        Token by token, sums are taken in another order than in the turn; so what is far beyond the bound goes before
-        what is just above it.
+        Token by token, sums are taken in another order than in the turn: what is just above the bound is rounding,
+        unless the turn itself ended with such a difference.
         """
         back()
         near = None
+        ended_apart = not turn.counters_equal or max(turn.S, turn.prev) > self.bounds.state
         for k, token in enumerate(self.fed):
             at = next(iter(self.memory.seen.values()))
             self.reference.feed([token])
@@ -363,10 +257,10 @@ class _Run:
             ours, theirs = self.memory.export_state(self.native.identity), self.native.memory()
             for row, layer in enumerate(self.layers):
                 if (wrong := _difference(ours, theirs, row, _FAR * self.bounds.state)) is not None:
-                    return Location(i, at, k, token, layer, *wrong)
+                    return Location(turn.step, at, k, token, layer, *wrong)
                 if near is None and (wrong := _difference(ours, theirs, row, self.bounds.state)) is not None:
-                    near = Location(i, at, k, token, layer, *wrong)
-        return near
+                    near = Location(turn.step, at, k, token, layer, *wrong)
+        return near if ended_apart else None
 
 
 def _difference(ours: State, theirs: State, row: int, bound: float) -> tuple[str, float, list[list[int]]] | None:

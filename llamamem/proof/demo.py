@@ -14,7 +14,7 @@ from typing import Any
 
 from llamamem.formats.demo_files import DemoFiles
 from llamamem.proof.recall import RecallReport, ask, recall, tell
-from llamamem.proof.serve_run import LONGEST, served
+from llamamem.proof.serve_run import LONGEST, ONE_THREAD, served
 from llamamem.proof.smoke import smoke
 from llamamem.reference import language
 from llamamem.serving.client import Client
@@ -84,7 +84,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="llamamem-demo-") as scratch:
         slots = Path(scratch) / "slots"
         serve = ["--model", str(files.model), "--sidecar", str(files.sidecar), "--port", "0", "--ctx-size", "2048"]
-        serve += ["--profile", "fused", "--bin-dir", str(bin_dir), "--slot-dir", str(slots)]
+        serve += ["--profile", "fused", "--bin-dir", str(bin_dir), "--slot-dir", str(slots), *ONE_THREAD]
 
         with served(serve) as first:
             report("a server with a memory", True, f"{first.url}, {files.model.name} and {files.sidecar.name}")

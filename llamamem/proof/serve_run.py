@@ -17,6 +17,9 @@ from llamamem.errors import LlamamemError
 
 LONGEST = 120.0  # seconds for any one step
 
+# two threads wait for each other longer than the demo model has work for them
+ONE_THREAD = ("--", "--threads", "1", "--threads-batch", "1")
+
 
 @dataclass
 class Served:

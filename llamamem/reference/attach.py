@@ -145,11 +145,11 @@ class Attached:
 
     def save(self, path: str | Path, identity: Identity | None = None) -> State:
         """Writes the memory-only file that llama-server reads (docs/state-format.md)."""
-        return write_state(path, self.export_state(self._identity(identity)))
+        return write_state(path, self.export_state(self.file_identity(identity)))
 
     def load(self, path: str | Path, identity: Identity | None = None) -> State:
         """Reads one that llama-server or `save` wrote, whose identity must be that of this adapter's sidecar."""
-        state = read_state(path, identity=self._identity(identity), kinds=(MEMORY_KIND,))
+        state = read_state(path, identity=self.file_identity(identity), kinds=(MEMORY_KIND,))
         self.import_state(state)
         return state
 
@@ -160,7 +160,8 @@ class Attached:
             file.flush()
             return self.load(file.name, identity)
 
-    def _identity(self, given: Identity | None) -> Identity:
+    def file_identity(self, given: Identity | None = None) -> Identity:
+        """What its memory files belong to. Raises LlamamemError if neither is given nor known."""
         identity = given or self.adapter.identity
         if identity is None:
             raise LlamamemError(

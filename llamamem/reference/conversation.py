@@ -109,7 +109,7 @@ class Conversation:
         stopped = bool(ids) and ids[-1] in self.base.stop
         return Answer(prompt, ids, torch.stack(rows) if rows else torch.empty(0, self.base.vocabulary), stopped)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def feed(self, ids: Sequence[int], *, every: bool = False) -> Tensor:
         """Runs tokens after those in the cache; the logits after the last one [1, V], or after each [n, V], fp32."""
         found = []

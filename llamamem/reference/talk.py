@@ -49,6 +49,8 @@ def talk(
 ) -> list[Said]:
     """Holds the turns one after another; the memory starts from `load` and goes to `save` afterwards."""
     conversation = Conversation(base, memory)
+    if save is not None and memory is not None:
+        memory.file_identity()  # before anything is said
     if load is not None:
         conversation.load(load)
     found = []

@@ -135,7 +135,7 @@ class Trainer:
 
     def _draw(self, rng: random.Random, stage: Stage) -> list[Example]:
         if isinstance(self.source, RecallTask):
-            return [self.source.example(rng, stage) for _ in range(stage.batch)]
+            return self.source.batch(rng, stage)
         first = self.step * stage.batch
         return [self._nth(i) for i in range(first, first + stage.batch)]
 

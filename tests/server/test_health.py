@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -148,6 +150,28 @@ def test_a_memory_that_is_silenced_or_zero(start: Start, sidecar: Path, tmp_path
     zeroed = tmp_path / "zeroed.gguf"
     zero_sidecar(sidecar, zeroed)
     assert failed(check_health(target(start("serial", memory=zeroed)))) == ["causal"]
+
+
+def test_a_busy_server_is_healthy_and_a_zeroed_memory_in_it_is_not(start: Start, sidecar: Path, tmp_path: Path) -> None:
+    zeroed = tmp_path / "zeroed.gguf"
+    zero_sidecar(sidecar, zeroed)
+    for memory, checks in ((sidecar, []), (zeroed, ["causal"])):
+        running, done = start("batched", parallel=3, memory=memory), threading.Event()
+
+        def talk(slot: int, url: str = running.server.url, done: threading.Event = done) -> None:
+            with Client(url) as client:
+                while not done.is_set():
+                    generate(client, random_prompt(slot, 50 * slot), 40, id_slot=slot)
+
+        with ThreadPoolExecutor(2) as pool:
+            talks = [pool.submit(talk, slot) for slot in (1, 2)]
+            try:
+                for _ in range(3):
+                    assert failed(check_health(target(running))) == checks
+            finally:
+                done.set()
+        for each in talks:
+            each.result()
 
 
 def stock_restore(path: str, status: int, answer: Any, http: httpx.Client) -> tuple[int, Any]:

@@ -92,6 +92,7 @@ def test_sidecars(printed: Print, sidecar: Path, zeroed: Path, model: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_the_runtime(printed: Print, build: Build, sidecar: Path, model: Path, tmp_path: Path) -> None:
     files = ("--model", model, "--sidecar", sidecar)
     states = ("--states", f"{A}/logits.npz", "--states-prefix", "p1_v1_")
@@ -114,6 +115,7 @@ def test_the_demo(printed: Print) -> None:
     hold(demo=[printed("demo", "--episodes", "2")])
 
 
+@pytest.mark.slow
 def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, tmp_path: Path) -> None:
     suite, trace, kept = tmp_path / "suite.jsonl", tmp_path / "trace.json", tmp_path / "kept.jsonl"
     suite.write_text('{"id": "a", "prompt": "hello", "expect": {"contains": "?"}}\n{"id": "b", "prompt": "hi"}\n')

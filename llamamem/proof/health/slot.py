@@ -28,13 +28,15 @@ NEXT = " In the morning the keeper"
 _MOST = 64  # tokens of a text
 
 
+Choices = tuple[tuple[int, float], ...]  # the likeliest tokens: id, log-probability
+
+
 @dataclass(frozen=True)
 class Answer:
-    """Greedy tokens, the likeliest alternatives of each (id, log-probability), and how many prompt tokens were
-    processed and reused."""
+    """Greedy tokens, what else was likely for each, and how many prompt tokens were processed and reused."""
 
     tokens: tuple[int, ...]
-    choices: tuple[tuple[tuple[int, float], ...], ...]
+    choices: tuple[Choices, ...]
     processed: int
     reused: int
 
@@ -78,6 +80,11 @@ class SlotProbe:
         found = next(slot for slot in self.client.slots() if slot["id"] == SLOT)
         memory: dict[str, Any] = found["rwkv_ms"]
         return memory
+
+    def others(self) -> list[tuple[int, bool, int | None]]:
+        """The other slots: id, whether it works now, its last task."""
+        slots = self.client.slots()
+        return [(slot["id"], slot["is_processing"], slot.get("id_task")) for slot in slots if slot["id"] != SLOT]
 
     def erase(self) -> None:
         self.client.erase_slot(SLOT)

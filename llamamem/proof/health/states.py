@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from llamamem.formats.state import MEMORY, SEQUENCE, read_state
 from llamamem.proof.health import forge
 from llamamem.proof.health.evidence import Evidence, Fails
-from llamamem.proof.health.slot import FIRST, NEXT, OTHER, Answer, SlotProbe
+from llamamem.proof.health.slot import FIRST, NEXT, OTHER, Answer, Choices, SlotProbe
 
 _HELD_OUT = "the patched runtime is not at work, or another client used slot 0 meanwhile: try again on a quiet server"
 
-
-@dataclass(frozen=True)
-class Conversation:
-    """A text that was read in slot 0 with the answer to it, and the text that goes on from there."""
-
-    answer: Answer
-    follow_up: list[int]
+# Other slots in the same batch change the rounding: on a busy server the log-probabilities of equal answers part by up
+# to _NOISE, and the memory must do more than _SEEN. A quiet server must give the same bits.
+_NOISE = 0.25
+_SEEN = 0.05
 
 
 def slot_roundtrip(e: Evidence) -> str:
-    slot = e.slot
-    talk = _begin(slot)
+    slot, watch = e.slot, _Watch(e.slot)
+    follow_up = _begin(slot, 8)
     saved, memory = slot.save("saved.state"), slot.save("memory.state", memory_only=True)
     state, live = read_state(saved, kinds=(SEQUENCE,)), slot.memory()
     n_saved = len(state.token_ids)
     if not state.tokens_written.any():
         raise Fails(f"{n_saved} tokens were read and none was written to the memory", _setting(live))
-    undisturbed = slot.generate(talk.follow_up, 16)
+    undisturbed = slot.generate(follow_up, 16)
 
     slot.generate(slot.ids(OTHER), 8)
     if slot.save("disturbed.state", memory_only=True).read_bytes() == memory.read_bytes():
@@ -38,34 +34,35 @@ def slot_roundtrip(e: Evidence) -> str:
     slot.restore(saved)
     if slot.save("restored.state", memory_only=True).read_bytes() != memory.read_bytes() or slot.memory() != live:
         raise Fails("the memory after the restore is not the one that was saved", _HELD_OUT)
-    restored = slot.generate(talk.follow_up, 16)
+    restored = slot.generate(follow_up, 16)
     if restored.processed >= n_saved:
         raise Fails(
             f"{restored.processed} prompt tokens were processed after {n_saved} were restored: they were thrown away",
             "stock llama.cpp does that: start the server with `llamamem serve`",
         )
-    if (difference := _differs(undisturbed, restored)) is not None:
+    if (difference := _differs(undisturbed, restored, watch.noise)) is not None:
         raise Fails(f"after the restore the continuation differs {difference}", _HELD_OUT)
-    return f"{n_saved} tokens restored, {restored.processed} processed, the same {len(restored.tokens)} tokens"
+    same = "the same tokens" if watch.noise == 0 else "the same continuation, as far as a busy server tells"
+    return f"{n_saved} tokens restored, {restored.processed} processed, {same}"
 
 
 def corrupt_restore(e: Evidence) -> str:
-    slot = e.slot
-    undisturbed = slot.generate(_begin(slot).follow_up, 16)
-    talk = _begin(slot)
+    slot, watch = e.slot, _Watch(e.slot)
+    undisturbed = slot.generate(_begin(slot, 1), 16)
+    follow_up = _begin(slot, 1)
     cases = forge.damaged(*_saved(slot))
     _refuses(slot, cases)
-    answer = slot.generate(talk.follow_up, 16)
+    answer = slot.generate(follow_up, 16)
     if answer.processed != undisturbed.processed:
         raise Fails(f"after refused restores {answer.processed} tokens were processed, not {undisturbed.processed}")
-    if (difference := _differs(undisturbed, answer)) is not None:
+    if (difference := _differs(undisturbed, answer, watch.noise)) is not None:
         raise Fails(f"after refused restores the continuation differs {difference}", _HELD_OUT)
     return f"{len(cases)} damaged files refused, nothing changed"
 
 
 def foreign_restore(e: Evidence) -> str:
     slot = e.slot
-    _begin(slot)
+    _begin(slot, 1)
     cases = forge.foreign(*_saved(slot))
     for case in cases:  # sound but for whose it is, or the test would prove nothing
         path = slot.file("forged.state")
@@ -76,8 +73,8 @@ def foreign_restore(e: Evidence) -> str:
 
 
 def causal(e: Evidence) -> str:
-    slot = e.slot
-    _begin(slot)
+    slot, watch = e.slot, _Watch(e.slot)
+    _begin(slot, 1)
     memory, token = slot.save("causal.state", memory_only=True), slot.ids(FIRST)[:1]
     setting = _setting(slot.memory())
 
@@ -91,24 +88,39 @@ def causal(e: Evidence) -> str:
     zeroed = first_logits(remembering=False)
     base = first_logits(remembering=True, rwkv_ms={"scale": 0})
     slot.own_setting()
-    if live != again:
-        raise Fails(f"the same memory gives other logits the second time, {_differs(live, again)}", _HELD_OUT)
-    if live.choices == zeroed.choices:
+    noise = watch.noise
+    if (difference := _differs(live, again, noise)) is not None:
+        raise Fails(f"the same memory gives other logits the second time, {difference}", _HELD_OUT)
+    effect, rounding = _gap(live, zeroed), max(_gap(live, again), _gap(base, zeroed))
+    if live.choices == zeroed.choices or (noise > 0 and effect <= max(_SEEN, 4 * rounding)):
         raise Fails("the logits with a live memory are those with none", setting)
-    if zeroed.choices != base.choices:
+    if (difference := _differs(base, zeroed, noise)) is not None:
         raise Fails(
-            f"with a memory that is zero the first token's logits are not the base's, {_differs(base, zeroed)}",
+            f"with a memory that is zero the first token's logits are not the base's, {difference}",
             "does erase empty the memory, and does scale 0 silence it?",
         )
-    return f"live and zeroed memory part by {_gap(live, zeroed):.2g} in log-probability, zeroed equals the base"
+    size = f"by {effect:.2g} in log-probability" if effect < float("inf") else "in most of the likeliest tokens"
+    return f"live and zeroed memory part {size}, zeroed equals the base"
 
 
-def _begin(slot: SlotProbe) -> Conversation:
-    """The text is read in an empty slot."""
+class _Watch:
+    """Whether other slots were at work since it was made."""
+
+    def __init__(self, slot: SlotProbe) -> None:
+        self._slot, self._before = slot, slot.others()
+
+    @property
+    def noise(self) -> float:
+        """Log-probability by which equal answers may part; 0 when nothing else was computed."""
+        after = self._slot.others()
+        return _NOISE if after != self._before or any(busy for _, busy, _ in after) else 0.0
+
+
+def _begin(slot: SlotProbe, n: int) -> list[int]:
+    """Reads a text in the empty slot, with n tokens of an answer; the text that goes on from there."""
     slot.erase()
     prompt = slot.ids(FIRST)
-    answer = slot.generate(prompt, 8)
-    return Conversation(answer, [*prompt, *answer.tokens, *slot.ids(NEXT, special=False)])
+    return [*prompt, *slot.generate(prompt, n).tokens[: n - 1], *slot.ids(NEXT, special=False)]
 
 
 def _saved(slot: SlotProbe) -> tuple[bytes, bytes]:
@@ -131,21 +143,33 @@ def _refuses(slot: SlotProbe, cases: tuple[forge.Forged, ...]) -> None:
             raise Fails(f"{case.what}: was refused, and yet the slot changed", _HELD_OUT)
 
 
-def _differs(a: Answer, b: Answer) -> str | None:
-    """Where two answers part. Bit for bit: the same tokens were processed in the same way."""
-    for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
-        if x != y:
-            return f"at new token {i} ({x}, {y})"
-    for i, (p, q) in enumerate(zip(a.choices, b.choices, strict=True)):
-        if p != q:
-            return f"in the log-probabilities of new token {i}"
+def _differs(a: Answer, b: Answer, noise: float) -> str | None:
+    """Where two answers part: bit for bit without noise, else up to the first tie that the noise decides."""
+    if noise == 0:
+        for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+            if x != y:
+                return f"at new token {i} ({x}, {y})"
+    # the server has one list for the bytes of a character: not as many as tokens
+    for i, (p, q) in enumerate(zip(a.choices, b.choices, strict=False)):
+        if p != q and (gap := _parted(p, q)) > noise:
+            return f"in what is likely, list {i}, by {gap:.2g} in log-probability"
+        if p[0][0] != q[0][0]:
+            break
     return None
 
 
 def _gap(a: Answer, b: Answer) -> float:
-    """The largest difference in log-probability among the likeliest first tokens that both have; 0 if none."""
-    p, q = dict(a.choices[0]), dict(b.choices[0])
-    return max((abs(p[token] - q[token]) for token in p.keys() & q.keys()), default=0.0)
+    """The largest difference in log-probability at the first new token."""
+    return _parted(a.choices[0], b.choices[0])
+
+
+def _parted(p: Choices, q: Choices) -> float:
+    """The same of two lists of the likeliest tokens; infinite when less than half of them is in both."""
+    x, y = dict(p), dict(q)
+    common = x.keys() & y.keys()
+    if 2 * len(common) < max(len(x), len(y)):
+        return float("inf")
+    return max((abs(x[token] - y[token]) for token in common), default=0.0)
 
 
 def _setting(memory: dict[str, Any]) -> str:

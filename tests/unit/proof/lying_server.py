@@ -167,7 +167,8 @@ class LyingServer:
         for slot in self.slots:
             norms = [float(slot.memory.value)] * len(self.sidecar.layers)
             memory = {"tokens_written": slot.memory.tokens, "current_state": 0, "norms": norms, "frozen": False}
-            found.append({"id": slot.id, "speculative": "speculates" in self.lies, "is_processing": False})
+            busy = slot.id > 0 and "others are busy" in self.lies
+            found.append({"id": slot.id, "speculative": "speculates" in self.lies, "is_processing": busy})
             if "base only" not in self.lies and not (slot.id and "memory in slot 0 alone" in self.lies):
                 found[-1]["rwkv_ms"] = {**memory, "scale": slot.scale}
         return found
@@ -184,7 +185,7 @@ class LyingServer:
             slot.clear(slot.origin)
             slot.scale = scale
         asked = body.get("cache_prompt", "reuses unasked" in self.lies or self.profile != "serial")
-        if not asked or prompt[: len(slot.text)] != slot.text or len(prompt) == len(slot.text):
+        if not asked or not slot.text or prompt[: len(slot.text)] != slot.text or len(prompt) == len(slot.text):
             slot.clear(slot.origin)
         reused = len(slot.text)
         for token in prompt[reused:]:
@@ -208,13 +209,15 @@ class LyingServer:
         return read
 
     def likeliest(self, slot: Slot, read: int) -> list[dict[str, Any]]:
-        if "unrepeatable" in self.lies:
+        jitter = 0.0
+        if {"unrepeatable", "jitter"} & self.lies:
             self._noise += 1
+            jitter = self._noise % 7 / 500
         if "echo" in self.lies and not read:  # something of the deltas is left when the memory is empty
             read = 1 if slot.scale else 0
-        seed = _hash("logits", *slot.text, read, slot.salt, self._noise)
+        seed = _hash("logits", *slot.text, read, slot.salt, self._noise if "unrepeatable" in self.lies else 0)
         ids = np.random.default_rng(seed).permutation(np.arange(10, VOCABULARY))[:20]
-        return [{"id": int(id), "logprob": -1.0 - i - seed % 997 / 997} for i, id in enumerate(ids)]
+        return [{"id": int(id), "logprob": -1.0 - i - seed % 997 / 997 + jitter} for i, id in enumerate(ids)]
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         text = " ".join(message["content"] for message in body["messages"])

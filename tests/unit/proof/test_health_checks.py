@@ -96,7 +96,7 @@ LIES = [
     ("dies in /v1/chat/completions", "chat", "is the server running"),
     ("stock restore", "slot_roundtrip", "were restored: they were thrown away"),
     ("restore without memory", "slot_roundtrip", "not the one that was saved"),
-    ("restores another KV cache", "slot_roundtrip", "the continuation differs at new token 0"),
+    ("restores another KV cache", "slot_roundtrip", "the continuation differs at new token 0 ("),
     ("accepts damaged", "corrupt_restore", "was accepted"),
     ("500 on refusal", "corrupt_restore", "must be 400 [state-checksum]"),
     ("accepts foreign", "foreign_restore", "was accepted"),
@@ -156,6 +156,38 @@ def test_a_slot_without_a_memory_of_its_own_breaks_the_profile(start: Start) -> 
 def test_a_binary_that_was_another_when_it_was_started(start: Start) -> None:
     report = check_health(replace(start()[1], build="000000000+000000000000"))
     assert failed(report) == ["binary"] and "the binary that was started said" in detail(report, "binary")
+
+
+BUSY = ("others are busy", "jitter")
+
+
+@pytest.mark.parametrize(
+    ("lies", "checks"),
+    [
+        (BUSY, []),
+        (("jitter",), ["slot_roundtrip", "corrupt_restore", "causal"]),
+        ((*BUSY, "disconnected"), ["causal"]),
+        ((*BUSY, "deaf to scale"), ["causal"]),
+        ((*BUSY, "stock restore"), ["slot_roundtrip"]),
+        ((*BUSY, "restores another KV cache"), ["slot_roundtrip"]),
+        ((*BUSY, "forgets on refusal"), ["corrupt_restore"]),
+    ],
+)
+def test_the_rounding_of_a_busy_server_is_allowed_and_nothing_else(
+    start: Start, lies: tuple[str, ...], checks: list[str]
+) -> None:
+    report = check_health(start(*lies, profile="batched")[1])
+    assert failed(report) == checks
+    if lies == BUSY:
+        assert "as far as a busy server tells" in detail(report, "slot_roundtrip")
+
+
+def test_a_refusal_that_drops_the_text_is_found_though_the_answer_is_the_same(start: Start) -> None:
+    assert "tokens were processed, not" in detail(check_health(start("forgets on refusal")[1]), "corrupt_restore")
+
+
+def test_the_same_memory_must_give_the_same_logits(start: Start) -> None:
+    assert "the second time" in detail(check_health(start("unrepeatable")[1]), "causal")
 
 
 EVIDENCE = ("memory active", "one slot", "prompt cache", "context checkpoints", "warm-up", "slot save", "exact-prefix")

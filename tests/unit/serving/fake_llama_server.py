@@ -81,7 +81,7 @@ def main() -> None:
     if mode == "litter":
         subprocess.run(["sh", "-c", "sleep 0.5 &"], check=True)
     if mode == "brood":
-        code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('brood', flush=True); time.sleep(60)"
+        code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('brood', flush=True); time.sleep(600)"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
             assert child.stdout is not None and child.stdout.readline()
             say(f"fake: child {child.pid}")
