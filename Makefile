@@ -6,7 +6,7 @@ BIN      := $(VENV)/bin
 LLAMAMEM := $(BIN)/llamamem
 CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches/src/*.cu tests/native/*.cpp tests/native/*.h tests/fuzz/*.cpp)
 
-.PHONY: help setup python build demo test test-native test-python lint types format bench fuzz vendor-verify clean distclean
+.PHONY: help setup python build demo test test-native test-python test-reference lint types format bench fuzz vendor-verify clean distclean
 
 # what is shared, the environment and the build, is made once; the closing lines stay pytest's
 .NOTPARALLEL:
@@ -14,6 +14,7 @@ CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches
 help:
 	@echo "make setup   the environment in .venv and the native build"
 	@echo "make demo    a small model answers with live memory"
+	@echo "make test-reference   the PyTorch reference against recorded logits and against the server (installs PyTorch)"
 	@echo "make test    lint, types, native tests, Python tests"
 	@echo "make fuzz    both readers of sidecars against hostile files, SECONDS=60 each (needs clang)"
 	@echo "make lint | types | format | bench | vendor-verify | clean | distclean"
@@ -71,6 +72,15 @@ test-native: python
 test-python: python
 	$(LLAMAMEM) build --tests > /dev/null
 	$(BIN)/python -m pytest
+
+# PyTorch, which nothing else needs, comes into the environment with the first run
+test-reference: $(VENV)/.reference
+	$(LLAMAMEM) build --tests > /dev/null
+	$(BIN)/python -m pytest tests/reference
+
+$(VENV)/.reference: $(VENV)/.bindings
+	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev,reference]'
+	@touch $@
 
 lint: python
 	$(BIN)/ruff check .

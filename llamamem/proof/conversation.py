@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -226,12 +226,14 @@ class _Run:
     def _memory(self) -> dict[str, Any]:
         """How far the memories are apart."""
         ours, theirs = self.memory.export_state(self.native.identity), self.native.memory()
-        S, prev = float(np.abs(ours.S - theirs.S).max()), float(np.abs(ours.prev - theirs.prev).max())
+        layers = [_apart(ours, theirs, row) for row in range(len(self.layers))]
         same = bool((ours.tokens_written == theirs.tokens_written).all())
+        state = max(max(apart.S.max(), apart.prev.max()) for apart in layers)
         return {
-            "ok": same and max(S, prev) <= self.bounds.state,
-            "S": S,
-            "prev": prev,
+            "ok": same and float(state) <= self.bounds.state,
+            "S": float(np.abs(ours.S - theirs.S).max()),
+            "prev": float(np.abs(ours.prev - theirs.prev).max()),
+            "state": float(state),
             "counters_equal": same,
             "written": int(theirs.tokens_written.max()),
         }
@@ -249,7 +251,7 @@ class _Run:
         """
         back()
         near = None
-        ended_apart = not turn.counters_equal or max(turn.S, turn.prev) > self.bounds.state
+        ended_apart = not turn.counters_equal or turn.state > self.bounds.state
         for k, token in enumerate(self.fed):
             at = next(iter(self.memory.seen.values()))
             self.reference.feed([token])
@@ -263,14 +265,29 @@ class _Run:
         return near if ended_apart else None
 
 
+class _Apart(NamedTuple):
+    """Differences in one layer: absolute while its values are at most 1, else in parts of the largest of its kind."""
+
+    S: np.ndarray
+    prev: np.ndarray
+    counter: int
+
+
+def _apart(ours: State, theirs: State, row: int) -> _Apart:
+    def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray(np.abs(a - b) / max(1.0, float(np.abs(b).max())))
+
+    counter = int(abs(ours.tokens_written[0, row] - theirs.tokens_written[0, row]))
+    return _Apart(apart(ours.S[0, row], theirs.S[0, row]), apart(ours.prev[0, row], theirs.prev[0, row]), counter)
+
+
 def _difference(ours: State, theirs: State, row: int, bound: float) -> tuple[str, float, list[list[int]]] | None:
     """What differs in one layer by more than a bound: Location's last three."""
-    counts = int(abs(ours.tokens_written[0, row] - theirs.tokens_written[0, row]))
-    if counts:
-        return "counter", float(counts), []
-    S, prev = np.abs(ours.S[0, row] - theirs.S[0, row]), np.abs(ours.prev[0, row] - theirs.prev[0, row])
-    if S.max() > bound:
-        return "S", float(S.max()), np.argwhere(S.max(axis=(-1, -2)) > bound).tolist()
-    if prev.max() > bound:
-        return "prev", float(prev.max()), []
+    apart = _apart(ours, theirs, row)
+    if apart.counter:
+        return "counter", float(apart.counter), []
+    if apart.S.max() > bound:
+        return "S", float(apart.S.max()), np.argwhere(apart.S.max(axis=(-1, -2)) > bound).tolist()
+    if apart.prev.max() > bound:
+        return "prev", float(apart.prev.max()), []
     return None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import json_docs
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs llamamem[reference]")
@@ -51,7 +52,8 @@ def test_reference_and_server_agree(version: int, exact: bool, profile: str) -> 
     )  # fmt: skip
     assert found.ok, found.summary
     bounds = EXACT if exact else PRODUCT
-    assert found.largest["logits"] <= bounds.logits and max(found.largest["S"], found.largest["prev"]) <= bounds.state
+    assert found.largest["logits"] <= bounds.logits and found.largest["state"] <= bounds.state
+    assert not exact or max(found.largest["S"], found.largest["prev"]) <= 5e-6  # this model is not trained
     assert all(turn.tokens_equal and turn.counters_equal for turn in found.turns)
     assert max(turn.written for turn in found.turns) > 10 * CHUNK > 10 * WINDOW
     assert sum(turn.new_tokens for turn in found.turns) > 200
@@ -127,8 +129,11 @@ def test_the_command(llamamem: Any, tmp_path: Path) -> None:
     found = json.loads(done.out)
     assert found["ok"] and found["holds"] and len(found["turns"]) == 4 and found["generated_tokens"] == 12
 
-    done = llamamem("reference", "parity", *files, "--exact-gelu", "--inject", "skip-write:3:20")
-    assert done.status == 0 and "layer 3, token 20" in done.out
+    done = llamamem("reference", "parity", *files, "--exact-gelu", "--inject", "skip-write:3:20", "--json")
+    faulty = json.loads(done.out)
+    assert done.status == 0 and not faulty["ok"] and faulty["holds"]
+    assert (faulty["location"]["layer"], faulty["location"]["token"]) == (3, 20)
+    assert json_docs.faults([found, faulty], json_docs.sections()["llamamem reference parity"]) == []
     done = llamamem("reference", "parity", *files, "--logits", "0")
     assert done.status == 1 and "they part in step 0" in done.out
     for inject, said in (("nonsense", "KIND:LAYER:TOKEN"), ("skip-write:11:20", "layer 11 has no memory")):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import json_docs
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs llamamem[reference]")
@@ -33,6 +34,7 @@ def test_turns_are_answered_and_the_memory_goes_on_in_the_server(run: Any, tmp_p
     assert done.status == 0, done.err
     found = json.loads(done.out)
     assert [turn["prompt"] for turn in found["turns"]] == ["this is anna fox.", "and this is tom wood."]
+    assert json_docs.faults([found], json_docs.sections()["llamamem reference run"]) == []
     n = found["turns"][-1]["tokens_written"]
     assert read_state(file).tokens_written.tolist() == [[n] * 6]
     with started(MODEL_A / "model-f32.gguf", SIDECAR, tmp_path) as (client, slots):

@@ -321,7 +321,8 @@ def test_slot_and_directory_are_afterwards_as_they_were(start: Start) -> None:
     before, others = deepcopy(server.slots[0]), deepcopy(server.slots[1:])
     (server.slot_dir / "mine.state").write_bytes(b"mine")
     assert check_health(target).ok
-    assert (server.slots[0].text, server.slots[0].memory) == (before.text, before.memory)
+    after = server.slots[0]
+    assert (after.text, after.memory, after.scale) == (before.text, before.memory, before.scale)
     assert server.slots[1:] == others
     assert [path.name for path in server.slot_dir.iterdir()] == ["mine.state"]
 

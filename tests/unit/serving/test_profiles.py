@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamamem.errors import LlamamemError
-from llamamem.serving.profiles import OPTIONS, PROFILES, Plan, make_plan
+from llamamem.serving import profiles
+from llamamem.serving.profiles import OPTIONS, PROFILES, Plan, make_plan, read_profiles
 
 MODEL, SIDECAR, BIN = Path("/m/base.gguf"), Path("/m/side.gguf"), Path("/b")
 
@@ -130,6 +132,52 @@ def test_the_printed_plan_hides_secrets() -> None:
     assert "hunter2" not in str(shown) and "abc" not in str(shown["argv"])
 
 
-def test_profiles_own_only_known_options() -> None:
-    for profile in PROFILES.values():
-        assert set(profile.owned) <= set(OPTIONS)
+@pytest.fixture
+def table() -> Any:
+    return json.loads(Path(profiles.__file__).with_name("profiles.json").read_text(encoding="utf-8"))
+
+
+def set_twice(table: Any) -> None:
+    table["options"]["batch"]["spellings"].append("-ub")
+
+
+def own_nothing_known(table: Any) -> None:
+    table["groups"]["serial"].append("turbo")
+
+
+def set_without_owning(table: Any) -> None:
+    table["profiles"]["fused"]["flags"].append("--no-warmup")
+
+
+def misspell(table: Any) -> None:
+    table["profiles"]["fused"]["one_slots"] = True
+
+
+def be_from_the_future(table: Any) -> None:
+    table["format"] = "llamamem_profiles.v2"
+
+
+def lose_the_groups(table: Any) -> None:
+    del table["groups"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (set_twice, "-ub: belongs to more than one option"),
+        (own_nothing_known, "profile serial owns turbo, which is no option"),
+        (set_without_owning, "profile fused sets --no-warmup, which it does not own"),
+        (misspell, "profiles.fused.one_slots: Extra inputs"),
+        (be_from_the_future, "format: Input should be 'llamamem_profiles.v1'"),
+        (lose_the_groups, "has no 'groups'"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_refused(table: Any, tmp_path: Path, change: Any, said: str) -> None:
+    path = tmp_path / "profiles.json"
+    path.write_text(json.dumps(table))
+    assert read_profiles(path).profiles == PROFILES and read_profiles(path).options == OPTIONS
+    change(table)
+    path.write_text(json.dumps(table))
+    with pytest.raises(LlamamemError) as caught:
+        read_profiles(path)
+    assert said in str(caught.value) and str(path) in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,6 +80,20 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(fake_bin: Path, base: Path
     plan = json.loads(done.stdout)
     assert plan["profile"] == "base" and plan["argv"][-2:] == ["-t", "2"]
     assert done.returncode == 0 and runs() == []
+
+
+def test_what_a_dry_run_prints_is_what_is_run(fake_bin: Path, base: Path, tmp_path: Path) -> None:
+    odd = base.rename(tmp_path / "a base's name.gguf")
+    line = command(fake_bin, odd, "--ctx-size", "64", "--parallel", "2")
+    dry = subprocess.run([*line, "--dry-run"], capture_output=True, text=True, timeout=60)
+    argv = shlex.split(dry.stdout.splitlines()[0])
+    with subprocess.Popen([*line, "--json"], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        run = json.loads(launcher.stdout.readline())
+        launcher.terminate()
+        assert launcher.wait(20) == 0
+    assert run["argv"] == argv and argv[0] == str(fake_bin / "llama-server")
+    assert (tmp_path / "started").read_text() == " ".join(argv) + "\n"
 
 
 def test_a_refusal_is_one_line_and_exit_status_2(fake_bin: Path, base: Path) -> None:
