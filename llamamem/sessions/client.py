@@ -179,7 +179,8 @@ class Sessions:
         return resumed if resumed.run_id == self.run_id else None
 
     def _beside(self, slot: int, suffix: str) -> Path:
-        # servers may share a directory; their ports differ. [TAG_SLOT_LOCK] llamamem/proof/health/slot.py names the lock too
+        # servers may share a directory; their ports differ
+        # [TAG_SLOT_LOCK] llamamem/proof/health/slot.py knows the name of the lock
         return self.slot_dir / f".llamamem-{self.client.url.port or self.client.url.scheme}-slot-{slot}.{suffix}"
 
     @contextlib.contextmanager
