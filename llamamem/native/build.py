@@ -197,6 +197,8 @@ def _build(
         return made
     tools.compilers()
     ninja = _configure(root, place, backend, arch, defines, tests)
+    if (cuda := place / "llamamem-cuda.txt").is_file():
+        print(f"llamamem: {cuda.read_text(encoding='utf-8').strip()}", file=sys.stderr)
     log = place / "build.log"
     (place / _NOTE).unlink(missing_ok=True)
     print(f"llamamem: {backend} build {identity}, log: {log}", file=sys.stderr)

@@ -8,214 +8,80 @@
 #include <cstring>
 #include <vector>
 
-// views into the packed weights, see ggml_rwkv_ms_n_weight
-struct ggml_rwkv_ms_weights {
-    const float * beta_b   = nullptr;
-    const float * lambda_b = nullptr; // stays so if coupled
-    const float * x[6]     = {};      // r w k v a g
+// reads all M states of a head: read[R], route[M]; tmp[M*R]
+template <int R_CONST>
+static void ggml_rwkv_ms_read(
+        const ggml_rwkv_ms_params & p,
+        const float *               S,     // [M, R, R]
+        const float *               r,     // [R]
+        float *                     read,  // [R]
+        float *                     route, // [M]
+        float *                     tmp) { // [M, R]
+    const int R = R_CONST > 0 ? R_CONST : p.n_rank;
+    const int M = p.n_state;
 
-    // clang-format off
-    const float * w0 = nullptr, * a0 = nullptr, * k_k = nullptr, * k_a = nullptr, * ln_x = nullptr;
-    const float * w1 = nullptr, * a1 = nullptr, * g1  = nullptr;
-    const float * w2 = nullptr, * a2 = nullptr, * g2  = nullptr;
+    float score_max = -INFINITY;
 
-    const float * receptance = nullptr, * key = nullptr, * value = nullptr, * output = nullptr;
-    // clang-format on
+    for (int m = 0; m < M; ++m) {
+        const float * Sm = S + m * R * R;
+        float *       y  = tmp + m * R;
 
-    ggml_rwkv_ms_weights(const ggml_rwkv_ms_params & p, const float * w) {
-        if (w == nullptr) {
-            return;
-        }
+        ggml_rwkv_ms_thread::matvec(R, R, Sm, r, y);
 
-        const int D = p.n_head * p.n_rank;
-        const int L = p.n_lora;
-
-        auto take = [&w](int n) { const float * res = w; w += n; return res; };
-
-        beta_b   = take(p.n_gate);
-        lambda_b = p.couple_lambda ? nullptr : take(p.n_gate);
-        for (auto & xi : x) {
-            xi = take(D);
-        }
-        for (auto * v : { &w0, &a0, &k_k, &k_a, &ln_x }) {
-            *v = take(D);
-        }
-        for (auto * v : { &w1, &a1, &g1, &w2, &a2, &g2 }) {
-            *v = take(D * L);
-        }
-        for (auto * v : { &receptance, &key, &value, &output }) {
-            *v = take(D * D);
-        }
-    }
-};
-
-// what one thread needs for one token; row is laid out as a traced dst row
-struct ggml_rwkv_ms_scratch {
-    std::vector<float> buf;
-
-    // clang-format off
-    float * row;
-    float * s, * beta, * lam, * r, * w, * decay, * k, * v, * a, * b, * g, * read, * out; // [D]
-    float * route;                  // [N*M]
-    float * keep, * erase, * write; // [D]
-    float * x, * y;                 // [D]
-    float * lora;                   // [L]
-    float * tmp;                    // [M*R]
-    // clang-format on
-
-    ggml_rwkv_ms_scratch(const ggml_rwkv_ms_params & p) {
-        const int D = p.n_head * p.n_rank;
-
-        buf.resize(18 * D + p.n_head * p.n_state + p.n_lora + p.n_state * p.n_rank);
-
-        float * ptr  = buf.data();
-        auto    take = [&ptr](int n) { float * res = ptr; ptr += n; return res; };
-
-        row = ptr;
-        for (auto * t : { &s, &beta, &lam, &r, &w, &decay, &k, &v, &a, &b, &g, &read, &out }) {
-            *t = take(D);
-        }
-        route = take(p.n_head * p.n_state);
-        for (auto * t : { &keep, &erase, &write, &x, &y }) {
-            *t = take(D);
-        }
-        lora = take(p.n_lora);
-        tmp  = take(p.n_state * p.n_rank);
-    }
-};
-
-// memory source, gates and the features of the scan
-static void ggml_rwkv_ms_token_features(
-        const ggml_rwkv_ms_params &  p,
-        const ggml_rwkv_ms_weights & w,
-        const float *                in,   // [D + G (+ G)]
-        const float *                prev, // [D]
-        ggml_rwkv_ms_scratch &       t) {
-    const int R = p.n_rank;
-    const int N = p.n_head;
-    const int D = N * R;
-    const int L = p.n_lora;
-    const int G = p.n_gate;
-
-    for (int i = 0; i < D; ++i) {
-        t.s[i] = in[i];
-    }
-    if (p.semantics == 2) {
-        for (int n = 0; n < N; ++n) {
-            float * s = t.s + n * R;
-            for (int i = 0; i < R; ++i) {
-                s[i] = std::tanh(s[i]);
-            }
-            const float norm = std::fmax(ggml_rwkv_ms_norm(R, s), 1e-6f);
-            for (int i = 0; i < R; ++i) {
-                s[i] /= norm;
-            }
-        }
-    }
-
-    for (int i = 0; i < D; ++i) {
-        const int ig = G == D ? i : i / R; // a gate per row, or one per head
-
-        t.beta[i] = ggml_rwkv_ms_sigmoid(in[D + ig] + w.beta_b[ig]);
-        t.lam[i]  = w.lambda_b ? ggml_rwkv_ms_sigmoid(in[D + G + ig] + w.lambda_b[ig]) : 1.0f - t.beta[i];
-
-        t.keep[i]  = t.lam[i];
-        t.erase[i] = t.beta[i];
-        t.write[i] = t.beta[i];
-        if (p.update == GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE) {
-            t.erase[i] *= t.lam[i];
-        }
-        if (p.update == GGML_RWKV_MS_UPDATE_NO_LAMBDA) {
-            t.keep[i] = 1.0f;
-        }
-        if (p.semantics == 2) {
-            t.keep[i]  = 1.0f;
-            t.erase[i] = t.write[i];
-        }
-    }
-
-    // time shift
-    auto shift = [&](int ix) {
-        for (int i = 0; i < D; ++i) {
-            t.x[i] = t.s[i] + (prev[i] - t.s[i]) * w.x[ix][i];
-        }
-    };
-
-    shift(0);
-    ggml_rwkv_ms_matvec(D, D, w.receptance, t.x, t.r);
-
-    shift(1);
-    ggml_rwkv_ms_matvec(D, L, w.w1, t.x, t.lora);
-    for (int i = 0; i < L; ++i) {
-        t.lora[i] = std::tanh(t.lora[i]);
-    }
-    ggml_rwkv_ms_matvec(L, D, w.w2, t.lora, t.w);
-    for (int i = 0; i < D; ++i) {
-        t.w[i]     = -ggml_rwkv_ms_softplus(-(w.w0[i] + t.w[i])) - 0.5f;
-        t.decay[i] = std::exp(-std::exp(t.w[i]));
-    }
-
-    shift(2);
-    ggml_rwkv_ms_matvec(D, D, w.key, t.x, t.k);
-
-    shift(3);
-    ggml_rwkv_ms_matvec(D, D, w.value, t.x, t.v);
-
-    shift(4);
-    ggml_rwkv_ms_matvec(D, L, w.a1, t.x, t.lora);
-    ggml_rwkv_ms_matvec(L, D, w.a2, t.lora, t.y);
-    for (int n = 0; n < N; ++n) {
-        float * kk = t.a + n * R;
+        float score = 0.0f;
         for (int i = 0; i < R; ++i) {
-            kk[i] = t.k[n * R + i] * w.k_k[n * R + i];
+            score += y[i] * r[i];
         }
-        const float norm = std::fmax(ggml_rwkv_ms_norm(R, kk), 1e-12f);
+
+        score /= p.semantics == 1 ? std::sqrt((float) R) : std::fmax(ggml_rwkv_ms_norm(R, y), 1e-6f) * std::fmax(ggml_rwkv_ms_norm(R, r), 1e-6f);
+
+        route[m]  = score;
+        score_max = std::fmax(score_max, score);
+    }
+
+    float sum = 0.0f;
+    for (int m = 0; m < M; ++m) {
+        route[m] = std::exp(route[m] - score_max);
+        sum += route[m];
+    }
+
+    for (int i = 0; i < R; ++i) {
+        read[i] = 0.0f;
+    }
+    for (int m = 0; m < M; ++m) {
+        route[m] /= sum;
         for (int i = 0; i < R; ++i) {
-            const int   id = n * R + i;
-            const float ag = ggml_rwkv_ms_sigmoid(w.a0[id] + t.y[id]);
-
-            kk[i] /= norm;
-            t.b[id] = kk[i] * ag;
-            t.k[id] *= 1.0f + (ag - 1.0f) * w.k_a[id];
-            kk[i] = -kk[i];
+            read[i] += route[m] * tmp[m * R + i];
         }
     }
-
-    shift(5);
-    ggml_rwkv_ms_matvec(D, L, w.g1, t.x, t.lora);
-    for (int i = 0; i < L; ++i) {
-        t.lora[i] = ggml_rwkv_ms_sigmoid(t.lora[i]);
-    }
-    ggml_rwkv_ms_matvec(L, D, w.g2, t.lora, t.g);
 }
 
-// group norm of the reads (a group per head), gate and output projection
-static void ggml_rwkv_ms_token_output(const ggml_rwkv_ms_params & p, const ggml_rwkv_ms_weights & w, ggml_rwkv_ms_scratch & t) {
-    const int R = p.n_rank;
-    const int D = p.n_head * R;
+// writes one state of a head; tmp[R]
+template <int R_CONST>
+static void ggml_rwkv_ms_write(
+        const ggml_rwkv_ms_params &   p,
+        float *                       S,                       // [R, R]
+        const ggml_rwkv_ms_features & f,
+        int                           i0,                      // offset of the head in the features
+        float *                       tmp) {                   // [R]
+    const int R = R_CONST > 0 ? R_CONST : p.n_rank;
 
-    for (int n = 0; n < p.n_head; ++n) {
-        const float * read = t.read + n * R;
+    // the erase term uses the state before this token
+    ggml_rwkv_ms_thread::matvec(R, R, S, f.a + i0, tmp);
 
-        float mean = 0.0f;
-        for (int i = 0; i < R; ++i) {
-            mean += read[i];
-        }
-        mean /= R;
-
-        float var = 0.0f;
-        for (int i = 0; i < R; ++i) {
-            var += (read[i] - mean) * (read[i] - mean);
-        }
-        var /= R;
-
-        const float scale = 1.0f / std::sqrt(var + 64e-5f);
-        for (int i = 0; i < R; ++i) {
-            t.y[n * R + i] = (read[i] - mean) * scale * w.ln_x[n * R + i] * t.g[n * R + i];
-        }
+    for (int i = 0; i < R; ++i) {
+        tmp[i] *= p.erase_gate * f.erase[i0 + i];
     }
 
-    ggml_rwkv_ms_matvec(D, D, w.output, t.y, t.out);
+    for (int j = 0; j < R; ++j) {
+        const float decay = f.decay[i0 + j];
+        const float k     = f.k[i0 + j];
+        const float b     = f.b[i0 + j];
+
+        for (int i = 0; i < R; ++i) {
+            S[j * R + i] = ggml_rwkv_ms_update(S[j * R + i], f.keep[i0 + i], decay, f.write[i0 + i], f.v[i0 + i], k, tmp[i], b);
+        }
+    }
 }
 
 template <int R_CONST>
@@ -238,8 +104,20 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
 
     const int32_t n_period = M * p.n_chunk; // the counter wraps here
 
-    ggml_rwkv_ms_scratch       t(p);
-    const ggml_rwkv_ms_weights w(p, src_w ? (const float *) src_w->data : nullptr);
+    const int n_row   = ggml_rwkv_ms_row::n_row(p);
+    const int n_trace = ggml_rwkv_ms_row::n_trace(p);
+
+    // of one token at a time
+    std::vector<float> row(n_row);
+    std::vector<float> scratch(ggml_rwkv_ms_scratch::n_scratch(p));
+    std::vector<float> y(M * R);
+
+    const ggml_rwkv_ms_row     t(p, row.data());
+    const ggml_rwkv_ms_scratch tmp(p, scratch.data());
+
+    const ggml_rwkv_ms_weights w(p, (const float *) (src_w ? src_w : src_x)->data); // not looked at without weights
+
+    using lanes = ggml_rwkv_ms_thread;
 
     for (int64_t it = 0; it < n_tokens; ++it) {
         const int32_t * id   = (const int32_t *) src_ids->data + 2 * it;
@@ -263,10 +141,11 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
 
         ggml_rwkv_ms_features f;
         if (src_w) {
-            ggml_rwkv_ms_token_features(p, w, x, prev, t);
-            f = { t.r, t.decay, t.k, t.v, t.a, t.b, t.keep, t.erase, t.write };
+            ggml_rwkv_ms_source<lanes>(p, x, t.s);
+            ggml_rwkv_ms_token_features<lanes>(p, w, x, prev, t, tmp);
+            f = t.features();
         } else {
-            std::fill(t.buf.begin(), t.buf.end(), 0.0f);
+            std::fill(row.begin(), row.end(), 0.0f);
             f = { x, x + D, x + 2 * D, x + 3 * D, x + 4 * D, x + 5 * D, x + 6 * D, x + 7 * D, x + 8 * D };
         }
 
@@ -276,10 +155,10 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
             std::fill(t.route, t.route + N * M, 0.0f);
         } else {
             for (int n = 0; n < N; ++n) {
-                ggml_rwkv_ms_read<R_CONST>(p, S + n * M * R * R, f.r + n * R, t.read + n * R, t.route + n * M, t.tmp);
+                ggml_rwkv_ms_read<R_CONST>(p, S + n * M * R * R, f.r + n * R, t.read + n * R, t.route + n * M, y.data());
             }
             if (src_w) {
-                ggml_rwkv_ms_token_output(p, w, t);
+                ggml_rwkv_ms_token_output<lanes>(p, w, t, tmp);
             } else {
                 std::copy(t.read, t.read + D, t.out);
             }
@@ -289,7 +168,7 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
             const int32_t m = (int32_t) *n_lo / p.n_chunk;
 
             for (int n = 0; n < N; ++n) {
-                ggml_rwkv_ms_write<R_CONST>(p, S + (n * M + m) * R * R, f, n * R, t.tmp);
+                ggml_rwkv_ms_write<R_CONST>(p, S + (n * M + m) * R * R, f, n * R, y.data());
             }
             if (src_w) {
                 std::copy(t.s, t.s + D, prev);
@@ -304,7 +183,7 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
 
         float * res = (float *) ((char *) dst->data + it * dst->nb[1]);
         if (p.trace) {
-            std::copy(t.row, t.row + 13 * D + N * M, res);
+            std::copy(row.begin(), row.begin() + n_trace, res);
         } else {
             std::copy(t.out, t.out + D, res);
         }

@@ -1,12 +1,19 @@
 #pragma once
 
-// The arithmetic of one token of RWKV-MS, all F32. R is a compile-time constant where that pays (R > 0) or params.n_rank.
+// The arithmetic of one token of RWKV-MS, all F32, for CPU and GPU. R is a compile-time constant where that pays (R > 0) or
+// params.n_rank.
 //
 // A state matrix is stored as [j][i]: S[i][j] of the specification is S[j*R + i].
 
 #include "ggml-rwkv-ms.h"
 
 #include <cmath>
+
+#if defined(__CUDACC__)
+#define GGML_RWKV_MS_FUNC __host__ __device__ inline
+#else
+#define GGML_RWKV_MS_FUNC inline
+#endif
 
 // per-token features, [D] each
 struct ggml_rwkv_ms_features {
@@ -21,111 +28,303 @@ struct ggml_rwkv_ms_features {
     const float * write;
 };
 
-static inline float ggml_rwkv_ms_sigmoid(float x) {
-    return 1.0f / (1.0f + std::exp(-x));
-}
+// views into the packed weights, see ggml_rwkv_ms_n_weight
+struct ggml_rwkv_ms_weights {
+    // clang-format off
+    const float * beta_b, * lambda_b; // nullptr if coupled
+    const float * x;                  // [6][D]: r w k v a g
+    const float * w0, * a0, * k_k, * k_a, * ln_x;
+    const float * w1, * a1, * g1, * w2, * a2, * g2;
+    const float * receptance, * key, * value, * output;
+    // clang-format on
 
-static inline float ggml_rwkv_ms_softplus(float x) {
-    return x > 20.0f ? x : std::log1p(std::exp(x));
-}
+    GGML_RWKV_MS_FUNC ggml_rwkv_ms_weights(const ggml_rwkv_ms_params & p, const float * w) {
+        const int D = p.n_head * p.n_rank;
+        const int L = p.n_lora;
 
-// y[n_out] = x[n_in] @ w[n_in][n_out]
-static inline void ggml_rwkv_ms_matvec(int n_in, int n_out, const float * w, const float * x, float * GGML_RESTRICT y) {
-    for (int o = 0; o < n_out; ++o) {
-        y[o] = 0.0f;
+        beta_b   = w;
+        lambda_b = p.couple_lambda ? nullptr : beta_b + p.n_gate;
+
+        x   = beta_b + (p.couple_lambda ? 1 : 2) * p.n_gate;
+        w0  = x + 6 * D;
+        a0  = w0 + D;
+        k_k = a0 + D;
+        k_a = k_k + D;
+
+        ln_x = k_a + D;
+
+        w1 = ln_x + D;
+        a1 = w1 + D * L;
+        g1 = a1 + D * L;
+        w2 = g1 + D * L;
+        a2 = w2 + L * D;
+        g2 = a2 + L * D;
+
+        receptance = g2 + L * D;
+        key        = receptance + D * D;
+        value      = key + D * D;
+        output     = value + D * D;
     }
-    for (int i = 0; i < n_in; ++i) {
-        for (int o = 0; o < n_out; ++o) {
-            y[o] += w[i * n_out + o] * x[i];
-        }
+};
+
+// what is computed of one token: n_trace() values laid out as a traced dst row, then the rest of n_row()
+struct ggml_rwkv_ms_row {
+    // clang-format off
+    float * s, * beta, * lam, * r, * w, * decay, * k, * v, * a, * b, * g, * read, * out; // [D]
+    float * route;                  // [N*M]
+    float * keep, * erase, * write; // [D]
+    // clang-format on
+
+    GGML_RWKV_MS_FUNC ggml_rwkv_ms_row(const ggml_rwkv_ms_params & p, float * row) {
+        const int D = p.n_head * p.n_rank;
+
+        s     = row;
+        beta  = s + D;
+        lam   = beta + D;
+        r     = lam + D;
+        w     = r + D;
+        decay = w + D;
+        k     = decay + D;
+        v     = k + D;
+        a     = v + D;
+        b     = a + D;
+        g     = b + D;
+        read  = g + D;
+        out   = read + D;
+        route = out + D;
+        keep  = route + p.n_head * p.n_state;
+        erase = keep + D;
+        write = erase + D;
     }
+
+    GGML_RWKV_MS_FUNC ggml_rwkv_ms_features features() const { return { r, decay, k, v, a, b, keep, erase, write }; }
+
+    static GGML_RWKV_MS_FUNC int n_trace(const ggml_rwkv_ms_params & p) { return 13 * p.n_head * p.n_rank + p.n_head * p.n_state; }
+
+    static GGML_RWKV_MS_FUNC int n_row(const ggml_rwkv_ms_params & p) { return n_trace(p) + 3 * p.n_head * p.n_rank; }
+};
+
+// what is needed on the way to it
+struct ggml_rwkv_ms_scratch {
+    // clang-format off
+    float * x, * y; // [D]
+    float * lora;   // [L]
+    // clang-format on
+
+    GGML_RWKV_MS_FUNC ggml_rwkv_ms_scratch(const ggml_rwkv_ms_params & p, float * buf) {
+        const int D = p.n_head * p.n_rank;
+
+        x    = buf;
+        y    = buf + D;
+        lora = buf + 2 * D;
+    }
+
+    static GGML_RWKV_MS_FUNC int n_scratch(const ggml_rwkv_ms_params & p) { return 2 * p.n_head * p.n_rank + p.n_lora; }
+};
+
+GGML_RWKV_MS_FUNC float ggml_rwkv_ms_sigmoid(float x) {
+    return 1.0f / (1.0f + expf(-x));
 }
 
-static inline float ggml_rwkv_ms_norm(int n, const float * x) {
+GGML_RWKV_MS_FUNC float ggml_rwkv_ms_softplus(float x) {
+    return x > 20.0f ? x : log1pf(expf(x));
+}
+
+// the fast math that CUDA code is compiled with has a tanh of 11 bits
+GGML_RWKV_MS_FUNC float ggml_rwkv_ms_tanh(float x) {
+#if defined(__CUDA_ARCH__) || defined(GGML_RWKV_MS_EMULATE_CUDA)
+    const float t = expm1f(-2.0f * fabsf(x));
+    return copysignf(-t / (t + 2.0f), x);
+#else
+    return tanhf(x);
+#endif
+}
+
+GGML_RWKV_MS_FUNC float ggml_rwkv_ms_norm(int n, const float * x) {
     float sum = 0.0f;
     for (int i = 0; i < n; ++i) {
         sum += x[i] * x[i];
     }
-    return std::sqrt(sum);
+    return sqrtf(sum);
 }
 
-// reads all M states of a head: read[R], route[M]; tmp[M*R]
-template <int R_CONST>
-static inline void ggml_rwkv_ms_read(
-        const ggml_rwkv_ms_params & p,
-        const float *               S,     // [M, R, R]
-        const float *               r,     // [R]
-        float *                     read,  // [R]
-        float *                     route, // [M]
-        float *                     tmp) { // [M, R]
-    const int R = R_CONST > 0 ? R_CONST : p.n_rank;
-    const int M = p.n_state;
-
-    float score_max = -INFINITY;
-
-    for (int m = 0; m < M; ++m) {
-        const float * Sm = S + m * R * R;
-        float *       y  = tmp + m * R;
-
-        ggml_rwkv_ms_matvec(R, R, Sm, r, y);
-
-        float score = 0.0f;
-        for (int i = 0; i < R; ++i) {
-            score += y[i] * r[i];
-        }
-
-        if (p.semantics == 1) {
-            score /= std::sqrt((float) R);
-        } else {
-            const float eps = 1e-6f;
-            score /= std::fmax(ggml_rwkv_ms_norm(R, y), eps) * std::fmax(ggml_rwkv_ms_norm(R, r), eps);
-        }
-
-        route[m]  = score;
-        score_max = std::fmax(score_max, score);
-    }
-
-    float sum = 0.0f;
-    for (int m = 0; m < M; ++m) {
-        route[m] = std::exp(route[m] - score_max);
-        sum += route[m];
-    }
-
-    for (int i = 0; i < R; ++i) {
-        read[i] = 0.0f;
-    }
-    for (int m = 0; m < M; ++m) {
-        route[m] /= sum;
-        for (int i = 0; i < R; ++i) {
-            read[i] += route[m] * tmp[m * R + i];
-        }
-    }
+// one element of the state that is written; erased: erase_gate * erase_i * (S @ a)_i
+GGML_RWKV_MS_FUNC float ggml_rwkv_ms_update(float S, float keep, float decay, float write, float v, float k, float erased, float b) {
+    return keep * decay * S + write * v * k + erased * b;
 }
 
-// writes one state of a head; tmp[R]
-template <int R_CONST>
-static inline void ggml_rwkv_ms_write(
-        const ggml_rwkv_ms_params &   p,
-        float *                       S,                       // [R, R]
-        const ggml_rwkv_ms_features & f,
-        int                           i0,                      // offset of the head in the features
-        float *                       tmp) {                   // [R]
-    const int R = R_CONST > 0 ? R_CONST : p.n_rank;
+// Who works on a token: one thread of the CPU, or the lanes of a warp, which take every n_lane()-th element.
+struct ggml_rwkv_ms_thread {
+    static int lane() { return 0; }
 
-    // the erase term uses the state before this token
-    ggml_rwkv_ms_matvec(R, R, S, f.a + i0, tmp);
+    static int n_lane() { return 1; }
 
-    for (int i = 0; i < R; ++i) {
-        tmp[i] *= p.erase_gate * f.erase[i0 + i];
-    }
+    static void sync() {}
 
-    for (int j = 0; j < R; ++j) {
-        const float decay = f.decay[i0 + j];
-        const float k     = f.k[i0 + j];
-        const float b     = f.b[i0 + j];
-
-        for (int i = 0; i < R; ++i) {
-            S[j * R + i] = f.keep[i0 + i] * decay * S[j * R + i] + f.write[i0 + i] * f.v[i0 + i] * k + tmp[i] * b;
+    // y[n_out] = x[n_in] @ w[n_in][n_out]; along the contiguous index
+    static void matvec(int n_in, int n_out, const float * w, const float * x, float * GGML_RESTRICT y) {
+        for (int o = 0; o < n_out; ++o) {
+            y[o] = 0.0f;
+        }
+        for (int i = 0; i < n_in; ++i) {
+            for (int o = 0; o < n_out; ++o) {
+                y[o] += w[i * n_out + o] * x[i];
+            }
         }
     }
+};
+
+// the memory source of a token
+template <typename lanes>
+GGML_RWKV_MS_FUNC void ggml_rwkv_ms_source(const ggml_rwkv_ms_params & p, const float * in, float * s) {
+    const int R = p.n_rank;
+
+    if (p.semantics == 1) {
+        for (int i = lanes::lane(); i < p.n_head * R; i += lanes::n_lane()) {
+            s[i] = in[i];
+        }
+    } else {
+        for (int n = lanes::lane(); n < p.n_head; n += lanes::n_lane()) {
+            for (int i = n * R; i < (n + 1) * R; ++i) {
+                s[i] = ggml_rwkv_ms_tanh(in[i]);
+            }
+            const float norm = fmaxf(ggml_rwkv_ms_norm(R, s + n * R), 1e-6f);
+            for (int i = n * R; i < (n + 1) * R; ++i) {
+                s[i] /= norm;
+            }
+        }
+    }
+    lanes::sync();
+}
+
+// gates and the features of the scan; t.s is the source of the token
+template <typename lanes>
+GGML_RWKV_MS_FUNC void ggml_rwkv_ms_token_features(
+        const ggml_rwkv_ms_params &  p,
+        const ggml_rwkv_ms_weights & w,
+        const float *                in,   // [D + G (+ G)]
+        const float *                prev, // [D]
+        const ggml_rwkv_ms_row &     t,
+        const ggml_rwkv_ms_scratch & tmp) {
+    const int R = p.n_rank;
+    const int N = p.n_head;
+    const int D = N * R;
+    const int L = p.n_lora;
+    const int G = p.n_gate;
+
+    const int i0 = lanes::lane();
+    const int di = lanes::n_lane();
+
+    for (int i = i0; i < D; i += di) {
+        const int ig = G == D ? i : i / R; // a gate per row, or one per head
+
+        t.beta[i] = ggml_rwkv_ms_sigmoid(in[D + ig] + w.beta_b[ig]);
+        t.lam[i]  = w.lambda_b ? ggml_rwkv_ms_sigmoid(in[D + G + ig] + w.lambda_b[ig]) : 1.0f - t.beta[i];
+
+        t.keep[i]  = t.lam[i];
+        t.erase[i] = t.beta[i];
+        t.write[i] = t.beta[i];
+        if (p.update == GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE) {
+            t.erase[i] *= t.lam[i];
+        }
+        if (p.update == GGML_RWKV_MS_UPDATE_NO_LAMBDA) {
+            t.keep[i] = 1.0f;
+        }
+        if (p.semantics == 2) {
+            t.keep[i]  = 1.0f;
+            t.erase[i] = t.write[i];
+        }
+    }
+
+    // time shift
+    auto shift = [&](int ix) {
+        for (int i = i0; i < D; i += di) {
+            tmp.x[i] = t.s[i] + (prev[i] - t.s[i]) * w.x[ix * D + i];
+        }
+        lanes::sync();
+    };
+
+    shift(0);
+    lanes::matvec(D, D, w.receptance, tmp.x, t.r);
+
+    shift(1);
+    lanes::matvec(D, L, w.w1, tmp.x, tmp.lora);
+    for (int i = i0; i < L; i += di) {
+        tmp.lora[i] = ggml_rwkv_ms_tanh(tmp.lora[i]);
+    }
+    lanes::sync();
+    lanes::matvec(L, D, w.w2, tmp.lora, t.w);
+    for (int i = i0; i < D; i += di) {
+        t.w[i]     = -ggml_rwkv_ms_softplus(-(w.w0[i] + t.w[i])) - 0.5f;
+        t.decay[i] = expf(-expf(t.w[i]));
+    }
+
+    shift(2);
+    lanes::matvec(D, D, w.key, tmp.x, t.k);
+
+    shift(3);
+    lanes::matvec(D, D, w.value, tmp.x, t.v);
+
+    shift(4);
+    lanes::matvec(D, L, w.a1, tmp.x, tmp.lora);
+    lanes::matvec(L, D, w.a2, tmp.lora, tmp.y);
+    for (int n = i0; n < N; n += di) {
+        float * kk = t.a + n * R;
+        for (int i = 0; i < R; ++i) {
+            kk[i] = t.k[n * R + i] * w.k_k[n * R + i];
+        }
+        const float norm = fmaxf(ggml_rwkv_ms_norm(R, kk), 1e-12f);
+        for (int i = 0; i < R; ++i) {
+            const int   id = n * R + i;
+            const float ag = ggml_rwkv_ms_sigmoid(w.a0[id] + tmp.y[id]);
+
+            kk[i] /= norm;
+            t.b[id] = kk[i] * ag;
+            t.k[id] *= 1.0f + (ag - 1.0f) * w.k_a[id];
+            kk[i] = -kk[i];
+        }
+    }
+
+    shift(5);
+    lanes::matvec(D, L, w.g1, tmp.x, tmp.lora);
+    for (int i = i0; i < L; i += di) {
+        tmp.lora[i] = ggml_rwkv_ms_sigmoid(tmp.lora[i]);
+    }
+    lanes::sync();
+    lanes::matvec(L, D, w.g2, tmp.lora, t.g);
+}
+
+// group norm of the reads (a group per head), gate and output projection
+template <typename lanes>
+GGML_RWKV_MS_FUNC void ggml_rwkv_ms_token_output(
+        const ggml_rwkv_ms_params &  p,
+        const ggml_rwkv_ms_weights & w,
+        const ggml_rwkv_ms_row &     t,
+        const ggml_rwkv_ms_scratch & tmp) {
+    const int R = p.n_rank;
+    const int D = p.n_head * R;
+
+    for (int n = lanes::lane(); n < p.n_head; n += lanes::n_lane()) {
+        const float * read = t.read + n * R;
+
+        float mean = 0.0f;
+        for (int i = 0; i < R; ++i) {
+            mean += read[i];
+        }
+        mean /= R;
+
+        float var = 0.0f;
+        for (int i = 0; i < R; ++i) {
+            var += (read[i] - mean) * (read[i] - mean);
+        }
+        var /= R;
+
+        const float scale = 1.0f / sqrtf(var + 64e-5f);
+        for (int i = 0; i < R; ++i) {
+            tmp.y[n * R + i] = (read[i] - mean) * scale * w.ln_x[n * R + i] * t.g[n * R + i];
+        }
+    }
+    lanes::sync();
+
+    lanes::matvec(D, D, w.output, tmp.y, t.out);
 }
