@@ -2,9 +2,11 @@
 # configuration: a request for CUDA never yields a CPU build.
 
 # Where users have it: a toolkit of the system, CUDA_HOME, conda, the nvidia-* wheels of the Python that builds.
-execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c "import glob, sys; print(*(d for p in sys.path for d in sorted(glob.glob(p + '/nvidia/*'))), sep=';', end='')"
-    OUTPUT_VARIABLE LLAMAMEM_NVIDIA_WHEELS)
+if (NOT DEFINED LLAMAMEM_NVIDIA_WHEELS)
+    execute_process(
+        COMMAND "${Python_EXECUTABLE}" -c "import glob, sys; print(*(d for p in sys.path for d in sorted(glob.glob(p + '/nvidia/*'))), sep=';', end='')"
+        OUTPUT_VARIABLE LLAMAMEM_NVIDIA_WHEELS)
+endif()
 set(LLAMAMEM_CUDA_ROOTS "${CUDAToolkit_ROOT}")
 foreach (NAME CUDA_HOME CUDA_PATH CONDA_PREFIX)
     if (DEFINED ENV{${NAME}})
