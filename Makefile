@@ -6,7 +6,7 @@ BIN      := $(VENV)/bin
 LLAMAMEM := $(BIN)/llamamem
 CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches/src/*.cu tests/native/*.cpp tests/native/*.h tests/fuzz/*.cpp)
 
-.PHONY: help setup python build demo test test-native test-python test-reference lint types format bench fuzz vendor-verify clean distclean
+.PHONY: help setup python build demo test test-gpu test-native test-python test-reference lint types format bench fuzz vendor-verify clean distclean
 
 # what is shared, the environment and the build, is made once; the closing lines stay pytest's
 .NOTPARALLEL:
@@ -16,6 +16,7 @@ help:
 	@echo "make demo    a small model answers with live memory"
 	@echo "make test-reference   the PyTorch reference against recorded logits and against the server (installs PyTorch)"
 	@echo "make test    lint, types, native tests, Python tests"
+	@echo "make test-gpu   the op, whole models and a server on the GPU, with the CUDA build"
 	@echo "make fuzz    both readers of sidecars against hostile files, SECONDS=60 each (needs clang)"
 	@echo "make lint | types | format | bench | vendor-verify | clean | distclean"
 
@@ -81,6 +82,12 @@ test-reference: $(VENV)/.reference
 $(VENV)/.reference: $(VENV)/.bindings
 	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev,reference]'
 	@touch $@
+
+# the op on every GPU, then whole models and a server; each is skipped by name where there is no GPU
+test-gpu: python
+	dir=$$($(LLAMAMEM) build --backend cuda --tests) && \
+		$(BIN)/ctest --test-dir "$$dir" --output-on-failure --no-tests=error -R "gpu|cuda" -V && \
+		LLAMAMEM_BIN_DIR="$$dir/bin" $(BIN)/python -m pytest tests/gpu -v
 
 lint: python
 	$(BIN)/ruff check .

@@ -77,9 +77,10 @@ class Model:
         sidecar: str | os.PathLike[str] | None = None,
         mode: str = "batched",
         *,
+        gpu_layers: int = -1,
         library: Library | None = None,
     ) -> Model:
-        """Loads a base GGUF and gives it the sidecar's memory.
+        """Loads a base GGUF and gives it the sidecar's memory; `gpu_layers` lie on the GPU, if there is one (-1: all).
 
         The sidecar is read and checked first, the base's hash is computed while its weights load. Raises LlamamemError
         with the loader's own reason.
@@ -99,7 +100,9 @@ class Model:
                 raise LlamamemError(err.value.decode("utf-8", "replace"))
         try:
             begin_call()
-            handle = api.llama_model_load_from_file(os.fsencode(path), api.llama_model_default_params())
+            params = api.llama_model_default_params()
+            params.n_gpu_layers = gpu_layers
+            handle = api.llama_model_load_from_file(os.fsencode(path), params)
             if not handle:
                 raise LlamamemError(f"{path}: the model does not load: {logged_error()}")
             if side is not None:

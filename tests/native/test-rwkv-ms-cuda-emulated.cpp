@@ -53,6 +53,7 @@ struct emu_block {
     std::vector<std::vector<float>> values; // of a warp's lanes
     std::function<void()>           kernel;
     bool                            trapped;
+    int                             n_waits;
 };
 
 static emu_block    block;
@@ -65,6 +66,7 @@ static void emu_yield() {
 
 static void emu_wait(emu_barrier & b) {
     const int n_passed = b.n_passed;
+    block.n_waits++;
     if (++b.n_here == b.n_lanes) {
         b.n_here = 0;
         b.n_passed++;
@@ -153,20 +155,18 @@ static bool emu_launch(rwkv_ms_kernel kernel, const rwkv_ms_args & a, int64_t n_
             makecontext(&f.ctx, emu_fiber_main, 0);
             alive.push_back(&f);
         }
-        int n_idle = 0; // rounds without progress
+        // one warp may be ahead of the others as far as it can get
+        const int ahead  = emu_rng() % (n_warps + 1);
+        int       n_idle = 0; // rounds without progress
         while (!alive.empty()) {
             std::shuffle(alive.begin(), alive.end(), emu_rng);
 
-            const auto passed = [] {
-                int res = block.all.n_passed + block.all.n_here;
-                for (const auto & w : block.warps) {
-                    res += w.n_passed + w.n_here;
-                }
-                return res;
-            };
-            const int    before   = passed();
+            const int    before   = block.n_waits;
             const size_t n_before = alive.size();
             for (auto * f : alive) {
+                if (ahead < n_warps && n_idle == 0 && f->idx.y != ahead) {
+                    continue;
+                }
                 block.now = f;
                 threadIdx = f->idx;
                 blockIdx  = { (int) ib, 0 };
@@ -176,8 +176,8 @@ static bool emu_launch(rwkv_ms_kernel kernel, const rwkv_ms_args & a, int64_t n_
                 }
             }
             alive.erase(std::remove_if(alive.begin(), alive.end(), [](const emu_fiber * f) { return f->done; }), alive.end());
-            n_idle = passed() == before && alive.size() == n_before ? n_idle + 1 : 0;
-            if (n_idle > 2) {
+            n_idle = block.n_waits == before && alive.size() == n_before ? n_idle + 1 : 0;
+            if (n_idle > 3) {
                 printf("  lanes wait for lanes that are gone\n");
                 return false;
             }
