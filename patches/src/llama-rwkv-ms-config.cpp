@@ -31,6 +31,42 @@ static int rwkv_ms_json_depth(std::string_view text) {
     return res;
 }
 
+// a pass of its own for the first member that stands twice in its object, of which the parser lets the last one win:
+// a callback of the parser would see it too, but with one the time is quadratic in the number of objects
+struct rwkv_ms_json_members : nlohmann::json_sax<json> {
+    std::vector<std::set<std::string>> open; // names, of each open object
+
+    bool        is_twice = false;
+    std::string twice;
+
+    bool null() override { return true; }
+    bool boolean(bool) override { return true; }
+    bool number_integer(number_integer_t) override { return true; }
+    bool number_unsigned(number_unsigned_t) override { return true; }
+    bool number_float(number_float_t, const string_t &) override { return true; }
+    bool string(string_t &) override { return true; }
+    bool binary(binary_t &) override { return true; }
+    bool start_array(size_t) override { return true; }
+    bool end_array() override { return true; }
+    bool start_object(size_t) override {
+        open.emplace_back();
+        return true;
+    }
+    bool end_object() override {
+        open.pop_back();
+        return true;
+    }
+    bool parse_error(size_t, const std::string &, const json::exception &) override { return false; }
+
+    bool key(string_t & name) override {
+        if (!is_twice && !open.back().insert(name).second) {
+            is_twice = true;
+            twice    = name;
+        }
+        return true;
+    }
+};
+
 json llama_rwkv_ms_json_parse(const char * key, std::string_view text, json::value_t type) {
     if (text.size() > RWKV_MS_JSON_MAX_SIZE) {
         llama_rwkv_ms_fail("json-size", "key 'delta_mem.%s' has %zu bytes of JSON, at most %zu are read", key, text.size(), RWKV_MS_JSON_MAX_SIZE);
@@ -39,33 +75,19 @@ json llama_rwkv_ms_json_parse(const char * key, std::string_view text, json::val
         llama_rwkv_ms_fail("json-depth", "key 'delta_mem.%s' has JSON that is nested deeper than %d levels", key, RWKV_MS_JSON_MAX_DEPTH);
     }
 
-    std::vector<std::set<std::string>> members; // of the open objects: the parser would let a later duplicate win
-
-    bool        is_twice = false;
-    std::string twice;
-
-    const auto callback = [&](int, json::parse_event_t event, json & parsed) {
-        if (event == json::parse_event_t::object_start) {
-            members.emplace_back();
-        } else if (event == json::parse_event_t::object_end) {
-            members.pop_back();
-        } else if (event == json::parse_event_t::key && !is_twice) {
-            twice    = parsed.get<std::string>();
-            is_twice = !members.back().insert(twice).second;
-        }
-        return true;
-    };
-
     // the parser passes over a byte order mark, and takes a NUL for the end
     const bool is_odd = text.substr(0, 3) == "\xef\xbb\xbf" || text.find('\0') != std::string_view::npos;
 
-    json res = is_odd ? json(json::value_t::discarded) : json::parse(text, callback, /*allow_exceptions =*/false);
-    if (res.is_discarded()) {
+    rwkv_ms_json_members members;
+    if (is_odd || !json::sax_parse(text, &members)) {
         llama_rwkv_ms_fail("json-invalid", "key 'delta_mem.%s' is not valid JSON", key);
     }
-    if (is_twice) {
-        llama_rwkv_ms_fail("json-duplicate", "key 'delta_mem.%s' has JSON with the member %s twice", key, llama_rwkv_ms_quote(twice).c_str());
+    if (members.is_twice) {
+        llama_rwkv_ms_fail("json-duplicate", "key 'delta_mem.%s' has JSON with the member %s twice", key,
+                llama_rwkv_ms_quote(members.twice).c_str());
     }
+
+    json res = json::parse(text);
     if (res.type() != type) {
         llama_rwkv_ms_fail("json-type", "key 'delta_mem.%s' must be a JSON %s", key, type == json::value_t::object ? "object" : "list");
     }
