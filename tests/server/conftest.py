@@ -58,7 +58,7 @@ def serve(build: Build, model: Path, tmp_path: Path, request: pytest.FixtureRequ
                 sidecar=memory,
                 profile=profile,
                 port=0,
-                extra=["--threads", "2", *extra],
+                extra=["--threads", "1", *extra],
                 environ={},
                 **given,
             )
