@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
 
 def check(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.npz...", help="Layer fixtures.", show_default=False)],
-    engine: Annotated[Engine, typer.Option(help="The NumPy oracle, the compiled op, both, or the PyTorch reference.")] = Engine.numpy,
+    engine: Annotated[
+        Engine, typer.Option(help="The NumPy oracle, the compiled op, both, or the PyTorch reference.")
+    ] = Engine.numpy,
     atol: Annotated[float, typer.Option(min=0.0, help="Largest absolute difference that passes.")] = 1e-5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
 ) -> None:

@@ -20,7 +20,7 @@ from llamamem.formats.sidecar_layout import short_name
 from llamamem.reference.oracle import FEATURES, FROZEN, HEADS, LIVE, PADDING, LayerTrace, MemoryShape
 from llamamem.reference.recurrence import recurrence
 
-__all__ = ["FROZEN", "LIVE", "PADDING", "Memory", "MemoryState", "eval_layer"]
+__all__ = ["FROZEN", "LIVE", "PADDING", "Memory", "MemoryState", "eval_layer", "from_weights", "scan"]
 
 _VECTORS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a")
 _MATRICES = ("receptance", "key", "value", "output")
@@ -38,10 +38,6 @@ class MemoryState(NamedTuple):
     def detach(self) -> MemoryState:
         """The same values, cut from the graph: truncated back-propagation goes no further."""
         return MemoryState(self.S.detach(), self.prev.detach(), self.n)
-
-    def select(self, rows: Tensor) -> MemoryState:
-        """The sequences `rows [B']`, in that order: for a beam, or to hand memories to other conversations."""
-        return MemoryState(self.S[rows], self.prev[rows], self.n[rows])
 
 
 class _Core(nn.Module):

@@ -155,6 +155,23 @@ def test_a_config_that_changes_the_maths_is_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path / "a")
 
 
+def test_the_multimodal_model_that_e4b_comes_as(loaded: Any, vectors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Gemma4Config(text_config=loaded.model.config, vision_config=tower | heads, audio_config=None)
+    model = Gemma4ForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(loaded.model.model.state_dict())
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(MODEL_A / name, tmp_path)
+    base = load_base(tmp_path)
+    logits = Conversation(base, attach(base.model, MODEL_A)).feed(vectors["p1_ids"].tolist(), every=True)
+    assert far(logits, vectors["p1_mem_v1"]) <= LOGITS
+    assert base.vocabulary == loaded.vocabulary and base.stop == loaded.stop
+
+
 def test_a_base_that_is_none_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(LlamamemError, match=r"the base cannot be loaded .* give a directory"):
         load_base(tmp_path)
