@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+# a job in the background of a shell starts with Ctrl-C ignored, and hands that down to what the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # tests compose broken sidecars as the corpus' tool does
 
