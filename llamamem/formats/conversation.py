@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.validation import first_fault
 
 _ACTS = ("say", "reset", "save", "resume", "park")
 
@@ -73,6 +74,4 @@ def read_script(path: Path) -> Script:
     except OSError as e:
         raise LlamamemError(f"conversation {path}: cannot be read ({e.strerror})") from e
     except ValidationError as e:
-        fault = e.errors()[0]
-        field = ".".join(str(part) for part in fault["loc"]) or "the file"
-        raise LlamamemError(f"conversation {path}: {field}: {fault['msg'].removeprefix('Value error, ')}") from e
+        raise LlamamemError(f"conversation {path}: {first_fault(e)}") from e

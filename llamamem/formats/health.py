@@ -11,6 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.run import RunRecord
+from llamamem.formats.validation import first_fault
 
 # in the order of the report
 CHECK_IDS = (
@@ -64,9 +65,7 @@ def read_health(path: Path) -> HealthReport:
     except OSError as e:
         raise LlamamemError(f"{path}: cannot read the health report ({e.strerror}); run `llamamem health`") from e
     except ValidationError as e:
-        fault = e.errors()[0]
-        field = ".".join(str(part) for part in fault["loc"]) or "the file"
-        raise LlamamemError(f"{path}: not a health report: {field}: {fault['msg']}; give another file") from None
+        raise LlamamemError(f"{path}: not a health report: {first_fault(e)}; give another file") from None
 
 
 def check_output(path: Path) -> None:

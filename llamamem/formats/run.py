@@ -15,6 +15,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.validation import first_fault
 
 State = Literal["starting", "ready", "stopped", "killed", "exited", "failed"]
 
@@ -87,9 +88,7 @@ def read_run(path: Path) -> RunRecord:
     except OSError as e:
         raise LlamamemError(f"{path}: cannot read the run record ({e.strerror})") from e
     except ValidationError as e:
-        fault = e.errors()[0]
-        field = ".".join(str(part) for part in fault["loc"]) or "the file"
-        raise LlamamemError(f"{path}: not a run record: {field}: {fault['msg']}; remove the file") from e
+        raise LlamamemError(f"{path}: not a run record: {first_fault(e)}; remove the file") from e
 
 
 def redacted(argv: list[str] | tuple[str, ...]) -> list[str]:

@@ -15,6 +15,7 @@ import jsonschema
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.validation import first_fault
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -144,10 +145,7 @@ def _line(path: Path, number: int, row: str) -> Line:
     try:
         return Line.model_validate_json(row)
     except ValidationError as e:
-        fault = e.errors()[0]
-        field = ".".join(str(part) for part in fault["loc"])
-        said = f"{field}: {fault['msg']}" if field else fault["msg"]
         raise LlamamemError(
-            f"suite {path}: line {number}: {said.replace('Value error, ', '')}; a line has id, prompt or messages, and"
+            f"suite {path}: line {number}: {first_fault(e)}; a line has id, prompt or messages, and"
             " may have expect, group, max_tokens"
         ) from e

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.validation import first_fault
 
 SCHEMA = "delta_mem_rwkv_ms_reference_trace.v1"
 
@@ -80,7 +81,4 @@ def read_trace(path: Path) -> Trace:
     except OSError as e:
         raise LlamamemError(f"trace {path}: cannot be read ({e.strerror}); give a {SCHEMA} file") from e
     except ValidationError as e:
-        fault = e.errors()[0]
-        field = ".".join(str(part) for part in fault["loc"]) or "the file"
-        said = fault["msg"].removeprefix("Value error, ")
-        raise LlamamemError(f"trace {path}: {field}: {said}; record it again as {SCHEMA}") from e
+        raise LlamamemError(f"trace {path}: {first_fault(e)}; record it again as {SCHEMA}") from e

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.run import redacted
+from llamamem.formats.validation import first_fault
 
 
 class Option(BaseModel):
@@ -96,9 +97,7 @@ def read_profiles(path: Path) -> Table:
     except KeyError as e:
         raise LlamamemError(f"{path}: has no {e}; install llamamem again") from e
     except ValidationError as e:
-        fault = e.errors()[0]
-        field = ".".join(map(str, fault["loc"])) or "the file"
-        raise LlamamemError(f"{path}: {field}: {fault['msg']}; install llamamem again") from e
+        raise LlamamemError(f"{path}: {first_fault(e)}; install llamamem again") from e
 
 
 @dataclass(frozen=True)
