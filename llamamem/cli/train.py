@@ -41,7 +41,7 @@ def train_command(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed and --threads give the same adapter.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of PyTorch; more are seldom faster for a small base.")] = 1,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps: is anything really trained?")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps that fail unless something trains.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
     """Train a memory adapter on a frozen base, and write it as a checkpoint that `sidecar export` takes.

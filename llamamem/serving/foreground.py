@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import sys
@@ -68,21 +69,38 @@ class Signals:
 
 
 class Follower:
-    """Copies what is new in a log file to a stream each time it is called, for as long as the stream takes it."""
+    """Copies what is new in a log file to a stream each time it is called, as far as the stream takes it at once.
+
+    A pipe that nobody reads must not keep us from stopping the server, so nothing waits for it: the log has it all.
+    """
 
     def __init__(self, path: Path, out: TextIO | None = None) -> None:
         self._file = path.open("r", encoding="utf-8", errors="replace")
         self._out = out or sys.stderr
+        self._pending = ""
 
     def __call__(self) -> None:
-        if text := self._file.read():
-            with contextlib.suppress(OSError):  # the log file has it all; a closed terminal is no reason to end
-                self._out.write(text)
+        self._pending = (self._pending + self._file.read())[-_BEHIND:]
+        while self._pending and _takes(self._out):
+            piece, self._pending = self._pending[:_PIECE], self._pending[_PIECE:]
+            with contextlib.suppress(OSError):  # a closed terminal is no reason to end
+                self._out.write(piece)
                 self._out.flush()
 
     def close(self) -> None:
         self()
         self._file.close()
+
+
+_BEHIND = 1 << 20  # characters that a slow reader may be behind
+_PIECE = 1024  # characters: whoever takes anything takes PIPE_BUF bytes at once
+
+
+def _takes(out: TextIO, seconds: float = 0.0) -> bool:
+    try:
+        return bool(select.select([], [out], [], seconds)[1])
+    except (OSError, ValueError):  # it is no file, or not open: writing says what is wrong
+        return True
 
 
 def serve_foreground(
@@ -183,5 +201,7 @@ def _reap_strangers(own: int) -> None:
 
 
 def _say(line: str) -> None:
+    if not _takes(sys.stderr, 1.0):
+        return
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ Run as a script: `fake_llama_server.py --port N --fake MODE [other flags, ignore
     slow      logs for longer than a test's stall time-out, then is ready
     late      waits with all it does until the file $FAKE_GATE is there
     deaf      logs for ever and never opens its port
+    chatty    is ready at once and logs more than any pipe holds
     stubborn  ignores SIGTERM
     dies      exits with 7 a moment after it was ready
     brood     starts a process of its own, which ignores SIGTERM
@@ -76,6 +77,10 @@ def main() -> None:
     while mode == "deaf" or (mode == "late" and not Path(os.environ["FAKE_GATE"]).exists()):
         say("loading")
         time.sleep(0.05)
+    if mode == "chatty":
+        for i in range(20000):
+            print(f"line {i} of a server that has much to say, more than a pipe would hold")
+        say("fake: that was all")
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if mode == "litter":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_llama_server import Handler
-from launched import Launched, can_unshare, free_port, gone, launched, records, until
+from launched import LLAMAMEM, Launched, can_unshare, free_port, gone, launched, records, until
 
 from llamamem.errors import LlamamemError
 from llamamem.serving.process import launch
@@ -60,6 +61,20 @@ def test_a_signal_while_it_serves(command: list[str], tmp_path: Path, number: in
         assert launcher.end() == (0, "llamamem: the server was stopped on request")
     nothing_left(run, port)
     assert records()[0]["state"] == "stopped"
+
+
+def test_a_pipe_that_nobody_reads(command: list[str]) -> None:
+    """Nothing waits for the reader: a signal still stops the server, and the log has every line."""
+    line = [*LLAMAMEM, "serve", "--json", *command, *fake("chatty")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        run = json.loads(launcher.stdout.readline())
+        log = Path(run["log"])
+        until(lambda: "fake: that was all\n" in log.read_text())
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == 0
+    nothing_left(run)
+    assert log.stat().st_size > 1 << 20
 
 
 def test_nohup_is_meant(command: list[str], tmp_path: Path) -> None:
