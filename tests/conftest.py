@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
-# a job in the background of a shell starts with Ctrl-C ignored, and hands that down to what the tests start
+# a job in the background of a shell starts with Ctrl-C ignored, one under nohup with SIGHUP, and what the tests start
+# would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # tests compose broken sidecars as the corpus' tool does
 
