@@ -112,7 +112,10 @@ def test_the_demo(printed: Print) -> None:
         demo_files(None)
     except LlamamemError as e:
         pytest.skip(str(e))
-    hold(demo=[printed("demo", "--episodes", "2")])
+    hold(
+        demo=[printed("demo", "--episodes", "2")],
+        recall=[printed("recall", "--episodes", "1", "--rows", "1:9,4:500")],
+    )
 
 
 @pytest.mark.slow
