@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from llamamem.cli.completion import profile_names
+from llamamem.errors import LlamamemError
+from llamamem.formats.demo_files import demo_files
 from llamamem.formats.run import RunRecord, state_dir
 from llamamem.native.build import Build, find_build
 from llamamem.serving.foreground import STOPPED, Signals, StopRequested, serve_foreground
@@ -27,8 +29,9 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     context: typer.Context,
-    model: Annotated[Path, typer.Option(help="Base GGUF.")],
+    model: Annotated[Path | None, typer.Option(help="Base GGUF.")] = None,
     sidecar: Annotated[Path | None, typer.Option(help="Sidecar GGUF; without one the base is served alone.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="The small model of `llamamem demo`, with its memory.")] = False,
     profile: Annotated[
         str | None,
         typer.Option(help="serial (default with a sidecar), fused, batched or base.", autocompletion=profile_names),
@@ -58,6 +61,13 @@ def serve(
 
     Exit status: 0 stopped on request, 1 the server ended by itself, 2 it could not start, 3 it had to be killed.
     """
+    if demo and (model or sidecar):
+        raise LlamamemError("--demo brings its own model and sidecar; leave --model and --sidecar out")
+    if demo:
+        files = demo_files()
+        model, sidecar = files.model, files.sidecar
+    if model is None:
+        raise LlamamemError("--model is missing; give a base GGUF, or --demo for the small model of `llamamem demo`")
     if sidecar is not None and slot_dir is None:
         slot_dir = state_dir() / "slots" / sidecar.stem
     build = find_build(bin_dir=bin_dir)

@@ -1,7 +1,7 @@
 """The base of the demo: a Gemma 4 of 0.8M parameters, made from nothing and taught the small language.
 
-Within one conversation it learns to say who somebody is by attention, and to guess a surname when it was not told. What
-it cannot do is to know that in the next conversation; that is left to the memory.
+It learns how people are introduced, asked for and named, and to guess a surname. It is not trained for long enough to look
+one up by attention, even within a conversation; to know who is who is left to the memory.
 """
 
 from __future__ import annotations

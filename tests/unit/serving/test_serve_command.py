@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launched import LLAMAMEM
 
 
 def command(fake_bin: Path, base: Path, *more: str) -> list[str]:
@@ -100,3 +101,13 @@ def test_a_refusal_is_one_line_and_exit_status_2(fake_bin: Path, base: Path) -> 
     done = subprocess.run(command(fake_bin, base, "--", "--port=1"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and runs() == []
     assert done.stderr.startswith("llamamem: error: profile base owns these options") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "--model is missing"), (["--demo", "--model", "x.gguf"], "leave --model and --sidecar out")],
+)
+def test_what_is_served_is_said_once(arguments: list[str], said: str) -> None:
+    done = subprocess.run([*LLAMAMEM, "serve", *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and done.stderr.count("\n") == 1
