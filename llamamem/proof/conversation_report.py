@@ -25,9 +25,9 @@ class Bounds:
         return cls(default.logits if logits is None else logits, default.state if state is None else state)
 
 
-# A trained memory amplifies rounding: on the demo model the reference differs from itself by 1.0e-5 in the memory when
-# a text is cut into other pieces.
-EXACT = Bounds(5e-5, 2e-5)
+# A trained memory amplifies rounding: on the demo model the reference differs from itself by 1e-5 in the memory when a
+# text is cut into other pieces, and from the server by 3.2e-5. A wrong token shows by 1e-3 and more.
+EXACT = Bounds(5e-5, 1e-4)
 PRODUCT = Bounds(1.6e-2, 2e-3)
 
 

@@ -1,7 +1,7 @@
 """The base of the demo: a Gemma 4 of 0.8M parameters, made from nothing and taught the small language.
 
-It learns how people are introduced, asked for and named, and to guess a surname. It is not trained for long enough to look
-one up by attention, even within a conversation; to know who is who is left to the memory.
+It learns how people are introduced, asked for and named, and to guess a surname. It is not trained for long enough to
+look one up by attention, even within a conversation; to know who is who is left to the memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 from llamamem.reference import demo_tokenizer, language
 from llamamem.reference.chat_tokens import ChatTokens, Tokens
 
-NAME = "llamamem-demo"
 CONTEXT = 4096  # tokens
 
 _RECENT = 20  # steps over which it is known whether a stage is learnt

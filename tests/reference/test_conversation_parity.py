@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="needs llamamem[reference]")
 
 from llamamem.errors import LlamamemError  # noqa: E402
 from llamamem.formats.conversation import Script, Step  # noqa: E402
+from llamamem.formats.demo_files import demo_files  # noqa: E402
 from llamamem.proof.conversation import compare, hold, standard_script  # noqa: E402
 from llamamem.proof.conversation_native import NativeConversation, started  # noqa: E402
 from llamamem.proof.conversation_report import EXACT, PRODUCT, Parity  # noqa: E402
@@ -57,6 +58,15 @@ def test_reference_and_server_agree(version: int, exact: bool, profile: str) -> 
     assert all(turn.tokens_equal and turn.counters_equal for turn in found.turns)
     assert max(turn.written for turn in found.turns) > 10 * CHUNK > 10 * WINDOW
     assert sum(turn.new_tokens for turn in found.turns) > 200
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_they_agree_on_the_demo_model(exact: bool) -> None:
+    files = demo_files()
+    found = hold(str(files.base), files.model, files.sidecar, exact_gelu=exact)
+    assert found.ok, found.summary
+    assert max(turn.written for turn in found.turns) > 1024 + 48  # more than a chunk, and than the window
+    assert all(turn.tokens_equal and turn.counters_equal for turn in found.turns)
 
 
 def short(fault: Fault, every_token: bool = True) -> Parity:
