@@ -11,11 +11,12 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from server_runs import Running, Serve, generate, random_prompt
+from server_runs import TOKENS, Running, Serve, generate, random_prompt
 from state_files import edited, u32
 
 from llamamem.errors import LlamamemError
@@ -64,12 +65,14 @@ def test_a_damaged_file_is_refused_and_both_slots_go_on_as_if_nothing_had_been_t
         answers = [generate(running.client, p, 8, id_slot=i, cache_prompt=True) for i, p in enumerate(prompts)]
         return running, [[*p, *a["tokens"]] for p, a in zip(prompts, answers, strict=True)]
 
-    def go_on(running: Running, texts: list[list[int]]) -> list[list[int]]:
+    def go_on(running: Running, texts: list[list[int]]) -> list[Any]:
+        """Tokens, and the log-probabilities of all others at each of them."""
         found = []
         for i, text in enumerate(texts):
-            answer = generate(running.client, [*text, *random_prompt(9, 6)[1:]], 24, id_slot=i, cache_prompt=True)
+            prompt = [*text, *random_prompt(9, 6)[1:]]
+            answer = generate(running.client, prompt, 24, id_slot=i, cache_prompt=True, n_probs=TOKENS.stop)
             assert answer["timings"]["prompt_n"] == 6
-            found.append(answer["tokens"])
+            found += [answer["tokens"], answer["completion_probabilities"]]
         return found
 
     undisturbed = go_on(*start())
