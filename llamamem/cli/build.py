@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 def build(
     backend: str = typer.Option("cpu", help="cpu or cuda."),
     jobs: int = typer.Option(None, "--jobs", "-j", min=1, help="Compile so many files at once [default: one a core]."),
-    arch: str = typer.Option(None, help="CUDA architectures, as in 90 or '80;90' [default: the GPUs that are here]."),
+    arch: str = typer.Option(
+        None, help="CUDA architectures, native, 90 or '80;90' [default: the GPUs that are here, else 80 and 90]."
+    ),
     define: list[str] = typer.Option(
         [], "--define", "-D", metavar="NAME=VALUE", help="Passed to CMake; may be repeated."
     ),
