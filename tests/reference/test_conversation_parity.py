@@ -17,7 +17,7 @@ from llamamem.formats.conversation import Script, Step  # noqa: E402
 from llamamem.formats.demo_files import demo_files  # noqa: E402
 from llamamem.proof.conversation import compare, hold, standard_script  # noqa: E402
 from llamamem.proof.conversation_native import NativeConversation, started  # noqa: E402
-from llamamem.proof.conversation_report import EXACT, PRODUCT, Parity  # noqa: E402
+from llamamem.proof.conversation_report import EXACT, PRODUCT, Bounds, Parity  # noqa: E402
 from llamamem.reference import language  # noqa: E402
 from llamamem.reference.attach import Fault, attach  # noqa: E402
 
@@ -63,7 +63,9 @@ def test_reference_and_server_agree(version: int, exact: bool, profile: str) -> 
 @pytest.mark.parametrize("exact", [True, False])
 def test_they_agree_on_the_demo_model(exact: bool) -> None:
     files = demo_files()
-    found = hold(str(files.base), files.model, files.sidecar, exact_gelu=exact)
+    # its memory amplifies rounding: measured were 3.2e-5 of a layer's largest value, and 1.1e-5 of the reference to itself
+    bounds = Bounds(EXACT.logits, 1e-4) if exact else PRODUCT
+    found = hold(str(files.base), files.model, files.sidecar, exact_gelu=exact, bounds=bounds)
     assert found.ok, found.summary
     assert max(turn.written for turn in found.turns) > 1024 + 48  # more than a chunk, and than the window
     assert all(turn.tokens_equal and turn.counters_equal for turn in found.turns)

@@ -14,8 +14,6 @@ import json_docs
 import make_cli_docs
 import pytest
 
-from llamamem.errors import LlamamemError
-from llamamem.formats.demo_files import demo_files
 from llamamem.native.build import Build
 
 Print = Callable[..., Any]
@@ -108,10 +106,6 @@ def test_the_runtime(printed: Print, build: Build, sidecar: Path, model: Path, t
 
 
 def test_the_demo(printed: Print) -> None:
-    try:
-        demo_files(None)
-    except LlamamemError as e:
-        pytest.skip(str(e))
     hold(
         demo=[printed("demo", "--episodes", "2")],
         recall=[printed("recall", "--episodes", "1", "--rows", "1:9,4:500")],

@@ -113,7 +113,8 @@ def test_show_of_a_whole_context(llamamem: Run, recorded: dict[str, State], tmp_
 
 
 def test_a_picture(llamamem: Run, model_a: Path, p1: Path, tmp_path: Path) -> None:
-    image = pytest.importorskip("matplotlib.image")
+    from matplotlib import image
+
     png = tmp_path / "p1.png"
     assert llamamem("state", "show", p1, "--png", png, "--sidecar", model_a / "sidecar-v1.gguf").status == 0
     first = png.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -16,8 +17,6 @@ from llamamem.formats.demo_files import DemoFiles, demo_files
 from llamamem.formats.sidecar import read_sidecar
 from llamamem.reference import demo_tokenizer
 from llamamem.reference.gguf_base import convert_base
-
-gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture(scope="module")
