@@ -63,7 +63,7 @@ def test_reference_and_server_agree(version: int, exact: bool, profile: str) -> 
 @pytest.mark.parametrize("exact", [True, False])
 def test_they_agree_on_the_demo_model(exact: bool) -> None:
     files = demo_files()
-    # its memory amplifies rounding: 3.2e-5 of a layer's largest value, where the reference differs from itself by 1.1e-5
+    # its memory amplifies rounding: 3.2e-5 of a layer's largest value was measured
     bounds = Bounds(EXACT.logits, 1e-4) if exact else PRODUCT
     found = hold(str(files.base), files.model, files.sidecar, exact_gelu=exact, bounds=bounds)
     assert found.ok, found.summary
