@@ -6,9 +6,11 @@ import json
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from llamamem.errors import LlamamemError
 
 
 class KvType(str, Enum):
@@ -31,10 +33,15 @@ def bench(
     ubatch: Annotated[int, typer.Option(min=1, help="Tokens in a microbatch.")] = 512,
     repeat: Annotated[int, typer.Option(min=1, help="Counted repeats; one more warms up.")] = 5,
     kv: Annotated[KvType, typer.Option(help="Type of the KV cache.")] = KvType.f16,
+    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers on the GPU, if there is one: 0 none, -1 all.")] = -1,
+    profile: Annotated[bool, typer.Option("--profile", help="Also time the memory's op alone.")] = False,
     bin_dir: Annotated[Path | None, typer.Option(help="A build made elsewhere.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Time base and sidecar by turns in one process and print the ratios (sidecar / base; 1 costs nothing).
+
+    --profile then runs the sidecar once more with every node of the graph computed alone: what the op takes for a token
+    and layer, and its part of all. On a GPU a node alone costs more than it does in its place: an upper bound.
 
     Exit status: 0 it ran, 2 it could not be run.
     """
@@ -43,20 +50,23 @@ def bench(
 
     from llamamem.native.runtime import load_library
     from llamamem.proof.bench import run_bench
+    from llamamem.proof.profile import run_profile
 
+    if profile and sidecar is None:
+        raise LlamamemError("--profile times the memory: it needs --sidecar")
     library = load_library(bin_dir=bin_dir)
     talk = Console(stderr=True)
-    result = run_bench(
-        model,
-        sidecar,
-        prompt=prompt,
-        gen=gen,
-        n_ubatch=ubatch,
-        repeat=repeat,
-        threads=threads,
-        kv=kv.value,
-        progress=lambda text: talk.print(text, style="dim", highlight=False),
-    )
+    run: dict[str, Any] = {
+        "prompt": prompt,
+        "gen": gen,
+        "n_ubatch": ubatch,
+        "repeat": repeat,
+        "threads": threads,
+        "kv": kv.value,
+        "gpu_layers": gpu_layers,
+    }
+    result = run_bench(model, sidecar, **run, progress=lambda text: talk.print(text, style="dim", highlight=False))
+    profiled = run_profile(model, sidecar, **run) if profile and sidecar is not None else None
     if as_json:
         setting = {
             "model": str(model),
@@ -65,12 +75,17 @@ def bench(
             "ubatch": ubatch,
             "repeat": repeat,
             "kv": kv.value,
+            "gpu_layers": gpu_layers,
+            "profile": None if profiled is None else profiled.to_dict(),
             "cpus": os.cpu_count(),
             "build": library.build_id,
         }
         typer.echo(json.dumps({**result.to_dict(), **setting}))
         return
-    table = Table(title=f"{model.name}: {threads} thread(s), -ub {ubatch}, {repeat} repeats; ratios are sidecar / base")
+    where = f", memory on {', '.join(result.devices)}" if result.devices else ""
+    table = Table(
+        title=f"{model.name}: {threads} thread(s), -ub {ubatch}, {repeat} repeats{where}; ratios are sidecar / base"
+    )
     for column in ("", "tokens", "base t/s", "sidecar t/s", "medians", "minima", "CPU time"):
         table.add_column(column, justify="left" if not column else "right")
     rows = (("prefill", result.prefill), ("decode", result.decode), ("at -ub 1", result.prefill_ub1))
@@ -86,3 +101,9 @@ def bench(
         )
     Console().print(table)
     typer.echo(f"a prompt token takes {result.ub1_slowdown:.1f} times as long at -ub 1 (sidecar)")
+    if profiled is not None:
+        for name, phase in (("prefill", profiled.prefill), ("decode", profiled.decode)):
+            typer.echo(
+                f"{name}: the op takes {phase.us_per_token_layer:.2f} us a token and layer,"
+                f" {phase.share:.2%} of all nodes' time"
+            )

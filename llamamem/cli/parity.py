@@ -30,6 +30,7 @@ def parity(
         bool, typer.Option("--exact-gelu", help="Use the test build, whose CPU GELU is exact.")
     ] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers on the GPU, if there is one: 0 none, -1 all.")] = -1,
     states: Annotated[
         Path | None, typer.Option(help=".npz, reference states S, prev, pos after the last token.")
     ] = None,
@@ -51,7 +52,7 @@ def parity(
         raise LlamamemError("--states compares the memory's states: it needs --sidecar")
     expected = None if states is None else load_states(states, states_prefix)
     library = load_library(exact_gelu=exact_gelu, bin_dir=bin_dir)
-    with Model.open(model, sidecar) as opened:
+    with Model.open(model, sidecar, gpu_layers=gpu_layers) as opened:
         result = measure_parity(
             opened, id_array, logit_array, n_ubatch=ubatch, kv=kv.value, threads=threads, states=expected
         )
@@ -63,6 +64,7 @@ def parity(
             "kv": kv.value,
             "exact_gelu": exact_gelu,
             "threads": threads,
+            "gpu_layers": gpu_layers,
             "build": library.build_id,
         }
         typer.echo(json.dumps({**result.to_dict(), **setting}))

@@ -39,6 +39,7 @@ def train_command(
     init: Annotated[Path | None, typer.Option(help="Checkpoint directory to start from, instead of a new one.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where --output stopped.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    balance: Annotated[bool, typer.Option("--balance", help="Scale what is trained to states of order one.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed and --threads give the same adapter.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of PyTorch; more are seldom faster for a small base.")] = 1,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps that fail unless something trains.")] = False,
@@ -58,7 +59,7 @@ def train_command(
     request = train_run.Request(
         base=base, output=output, data=data, steps=steps, batch=batch, lr=lr, segment=segment, bptt=bptt,
         layers=_layers(layers), rank=rank, states=states, chunk=chunk, semantics=semantics, init=init, resume=resume,
-        save_every=save_every, seed=seed, threads=threads,
+        save_every=save_every, balance=balance, seed=seed, threads=threads,
     )  # fmt: skip
     if smoke:
         checks = train_run.smoke(request)

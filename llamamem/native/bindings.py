@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from llamamem.errors import LlamamemError
 from llamamem.native.build import find_build
 
@@ -30,6 +32,11 @@ N_ERR = 1024  # bytes for one line of error text
 _c_float_p = ctypes.POINTER(ctypes.c_float)
 _c_int32_p = ctypes.POINTER(ctypes.c_int32)
 _c_int64_p = ctypes.POINTER(ctypes.c_int64)
+
+
+def floats(array: np.ndarray) -> Any:
+    """A C pointer to the values of a contiguous float32 array."""
+    return array.ctypes.data_as(_c_float_p)
 
 
 class RwkvMsInfo(ctypes.Structure):
@@ -139,10 +146,11 @@ class Library:
 
 
 class _Log:
-    """The last lines that llama.cpp logged, and the errors since the last call began."""
+    """The last lines that llama.cpp logged, and all lines and the errors among them since the last call began."""
 
     def __init__(self, n_lines: int = 256):
         self.lines: deque[str] = deque(maxlen=n_lines)
+        self.since: list[str] = []
         self.errors: list[str] = []
         self._partial = ""
         self._level = 0
@@ -154,6 +162,7 @@ class _Log:
         for line in lines:
             if line.strip():
                 self.lines.append(line)
+                self.since.append(line)
                 if self._level == 4:
                     self.errors.append(line.strip())
 
@@ -225,6 +234,12 @@ def log_lines() -> list[str]:
 def begin_call() -> None:
     """Forgets the errors so far, so that a failure quotes its own reason and not an older one."""
     _log.errors.clear()
+    _log.since.clear()
+
+
+def logged_since() -> list[str]:
+    """The lines logged since `begin_call`."""
+    return list(_log.since)
 
 
 def logged_error() -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.demo_files import demo_files
 from llamamem.native import tools, vendor
 from llamamem.native.build import builds, find_build
 from llamamem.native.identity import patch_set_sha256, read_pin, series_names, source_root
@@ -44,6 +45,7 @@ def examine() -> list[Finding]:
         ("tree", _tree),
         ("build", _build),
         ("bindings", _bindings),
+        ("memory", _memory),
         ("cuda", _cuda),
     ]
     found = []
@@ -133,6 +135,22 @@ def _bindings() -> Finding:
         loads = "nothing until there is a build"
     origin = " (LLAMA_CPP_LIB_PATH is set: it wins outside the llamamem commands)" if own else ""
     return Finding("bindings", True, f"llama_cpp {installed}, loads {loads}{origin}")
+
+
+def _memory() -> Finding:
+    """Where the default build keeps a memory: the demo's, loaded with all layers on the GPU if there is one."""
+    from llamamem.native import runtime  # the bindings may be missing
+
+    files = demo_files()
+    runtime.load_library()
+    with (
+        runtime.Model.open(files.model, files.sidecar) as model,
+        runtime.Context(model, n_ctx=64) as context,
+    ):
+        context.feed([0])
+        written = sum(state.n for state in context.states())
+        layers = f"{len(model.layers)} layers of the demo model"
+        return Finding("memory", written == len(model.layers), f"{layers}: states on {', '.join(context.devices)}")
 
 
 def _cuda() -> Finding:

@@ -1,4 +1,4 @@
-"""A model, a context and one memory layer, driven in process through libllama.
+"""A model and a context, driven in process through libllama.
 
     with Model.open("base.gguf", sidecar="memory.gguf") as model, Context(model, n_ctx=512) as context:
         logits = context.decode(ids)        # [n_tokens, n_vocab]
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,24 +24,25 @@ from llamamem.errors import LlamamemError
 from llamamem.native.bindings import (
     N_ERR,
     Library,
-    RwkvMsEvalParams,
     RwkvMsInfo,
     begin_call,
+    floats,
     load_library,
     loaded_library,
     log_lines,
     logged_error,
+    logged_since,
 )
-from llamamem.reference.oracle import FEATURES, HEADS, UPDATE_MODES, LayerTrace, MemoryShape
 
-__all__ = ["Context", "Model", "State", "eval_layer", "load_library", "loader_refusal", "log_lines"]
+__all__ = ["Context", "Model", "State", "load_library", "loader_refusal", "log_lines"]
 
 Floats = NDArray[np.float32]
 
 MODES = ("serial", "fused", "batched")
 
-# names in the C trace, in the order of its columns [13*D + N*M]
-_TRACE = ("s", "beta", "lam", "r", "w", "decay", "k", "v", "a", "b", "g", "raw_read", "out")
+OnNode = Callable[[str, bool], None]
+
+_STATE_BUFFER = re.compile(r"(\S+) RWKV-MS state buffer size")
 
 
 class State(NamedTuple):
@@ -134,8 +136,10 @@ class Context:
     """A llama_context: KV cache and memory state for up to `n_seq_max` sequences.
 
     `kv` is the type of both caches (f32, f16 or q8_0); q8_0 needs `flash_attn`. `n_ctx` is the whole size in tokens;
-    llama.cpp rounds it up and, unless `unified`, divides it among the sequences. Raises LlamamemError when the
-    runtime refuses (for one a context outside the mode that the memory was loaded with).
+    llama.cpp rounds it up and, unless `unified`, divides it among the sequences. `on_node` has every node of the graph
+    computed alone, and is called before (True) and after (False) each with its name. `devices` are those on which the
+    memory's states lie. Raises LlamamemError when the runtime refuses (for one a context outside the mode that the
+    memory was loaded with).
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class Context:
         flash_attn: bool = False,
         threads: int = 1,
         unified: bool = False,
+        on_node: OnNode | None = None,
     ):
         api = model.library.api
         types = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
@@ -164,11 +169,14 @@ class Context:
         params.type_k = params.type_v = types[kv]
         params.kv_unified = unified
         params.no_perf = True
+        if on_node is not None:
+            params.cb_eval = self._on_node = _node_callback(api, on_node)
         begin_call()
         self._api = api
         self.handle = api.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise LlamamemError(f"{model.path}: no context: {logged_error()}")
+        self.devices = tuple(m[1] for line in logged_since() if (m := _STATE_BUFFER.search(line)))
         self.memory = api.llama_get_memory(self.handle)
         n_batch = api.llama_n_batch(self.handle)  # not more than the context
         self.n_batch = n_batch // n_ubatch * n_ubatch or n_batch  # a multiple, so that pieces split as the whole does
@@ -235,7 +243,7 @@ class Context:
         info = self._info(i)
         S = np.zeros((info.n_head, info.n_state, info.rank, info.rank), np.float32)
         prev = np.zeros(info.n_head * info.rank, np.float32)
-        n = self.model.library.function("llama_rwkv_ms_get_state")(self.handle, seq, i, _floats(S), _floats(prev))
+        n = self.model.library.function("llama_rwkv_ms_get_state")(self.handle, seq, i, floats(S), floats(prev))
         if n < 0:
             raise LlamamemError(f"no memory state of sequence {seq} at target layer {i}")
         return State(S, prev, n)
@@ -252,7 +260,7 @@ class Context:
             )
         begin_call()
         set_state = self.model.library.function("llama_rwkv_ms_set_state")
-        if not set_state(self.handle, seq, i, _floats(S), _floats(prev), state.n):
+        if not set_state(self.handle, seq, i, floats(S), floats(prev), state.n):
             raise LlamamemError(f"the state of sequence {seq} at target layer {i} is refused: {logged_error()}")
 
     def states(self, seq: int = 0) -> list[State]:
@@ -361,78 +369,6 @@ class Context:
         return info
 
 
-def eval_layer(
-    weights: Mapping[str, np.ndarray] | None,
-    *,
-    h: np.ndarray | None = None,
-    features: np.ndarray | None = None,
-    S: np.ndarray,
-    prev: np.ndarray | None,
-    n_past: int,
-    shape: MemoryShape,
-    mask: np.ndarray | None = None,
-    library: Library | None = None,
-) -> LayerTrace:
-    """Runs T tokens through one layer with the compiled op; arguments and result as `oracle.eval_layer` has them."""
-    library = library or loaded_library()
-    if (features is None) == (weights is None or h is None):
-        raise LlamamemError("a layer runs either on weights with h or on features")
-    tensors = {} if weights is None else {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}
-    source = np.ascontiguousarray(h if features is None else features, np.float32)
-    n_tokens, width = len(source), shape.width
-    expected = shape.hidden if features is None else len(FEATURES) * width
-    if source.shape != (n_tokens, expected):
-        raise LlamamemError(f"the layer's input has shape {list(source.shape)}, expected [T, {expected}]")
-    S = np.array(S, np.float32).reshape(shape.heads, shape.states, shape.rank, shape.rank)
-    prev = np.zeros(width, np.float32) if prev is None else np.array(prev, np.float32).reshape(width)
-    n_written = ctypes.c_int64(n_past)
-    masks = None if mask is None else np.ascontiguousarray(mask, np.int32)
-    trace = np.zeros((n_tokens, len(_TRACE) * width + shape.heads * shape.states), np.float32)
-    deltas = {
-        head: np.zeros((n_tokens, len(tensors[f"delta_{head}"])), np.float32)
-        for head in HEADS
-        if features is None and f"delta_{head}" in tensors
-    }
-    # torch shape, 1 for the second size of a vector
-    ne = np.array([(*t.shape, 1)[:2] for t in tensors.values()], np.int64).reshape(-1, 2)
-    float_p = ctypes.POINTER(ctypes.c_float)
-    params = RwkvMsEvalParams(
-        n_embd=shape.hidden,
-        rank=shape.rank,
-        n_head=shape.heads,
-        n_state=shape.states,
-        n_chunk=shape.chunk,
-        semantics=shape.semantics,
-        alpha=shape.alpha,
-        erase_gate=shape.erase_gate,
-        update_mode=UPDATE_MODES.index(shape.update_mode),
-        couple_lambda=shape.couple_lambda,
-        n_tensors=len(tensors),
-        names=(ctypes.c_char_p * len(tensors))(*(name.encode() for name in tensors)),
-        data=(float_p * len(tensors))(*(_floats(t) for t in tensors.values())),
-        ne=ne.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)),
-        n_tokens=n_tokens,
-        h=_floats(source) if features is None else None,
-        features=None if features is None else _floats(source),
-        mask=None if masks is None else masks.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-        S=_floats(S),
-        prev=_floats(prev),
-        n_past=ctypes.pointer(n_written),
-        trace=_floats(trace),
-        delta=(float_p * 4)(*(_floats(deltas[x]) if x in deltas else float_p() for x in HEADS)),
-    )
-    err = ctypes.create_string_buffer(N_ERR)
-    if not library.function("llama_rwkv_ms_eval")(ctypes.byref(params), err, N_ERR):
-        raise LlamamemError(err.value.decode("utf-8", "replace"))
-
-    result: LayerTrace = {"final_S": S, "final_pos": np.array(n_written.value)}
-    columns = {name: trace[:, i * width : (i + 1) * width] for i, name in enumerate(_TRACE)}
-    result["routes"] = trace[:, len(_TRACE) * width :].reshape(n_tokens, shape.heads, shape.states)
-    if features is not None:
-        return {**result, "raw_read": columns["raw_read"]}
-    return {**result, **columns, "final_prev": prev, **{f"delta_{head}": d for head, d in deltas.items()}}
-
-
 def loader_refusal(path: str | os.PathLike[str], *, library: Library | None = None) -> str | None:
     """The line with which the runtime's own loader refuses a sidecar, whatever its base; None if it loads."""
     library = library or loaded_library()
@@ -444,6 +380,18 @@ def loader_refusal(path: str | os.PathLike[str], *, library: Library | None = No
     return None
 
 
+def _node_callback(api: Any, on_node: OnNode) -> Any:
+    """As llama.cpp calls it: asked of each node whether it is wanted, and called again when it was computed."""
+    name_of = api._lib.ggml_get_name
+    name_of.argtypes, name_of.restype = [ctypes.c_void_p], ctypes.c_char_p
+
+    def call(tensor: int, ask: bool, _: Any) -> bool:
+        on_node(name_of(tensor).decode("utf-8", "replace"), ask)
+        return True
+
+    return api.ggml_backend_sched_eval_callback(call)
+
+
 def _readable(path: str | os.PathLike[str], what: str) -> Path:
     path = Path(path)
     try:
@@ -451,7 +399,3 @@ def _readable(path: str | os.PathLike[str], what: str) -> Path:
             return path
     except OSError as e:
         raise LlamamemError(f"{path}: the {what} cannot be read: {e.strerror}") from e
-
-
-def _floats(array: np.ndarray) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

@@ -77,11 +77,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """`prefill` and `decode` at the asked-for microbatch, `prefill_ub1` for contrast."""
+    """`prefill` and `decode` at the asked-for microbatch, `prefill_ub1` for contrast; `devices` hold the states."""
 
     prefill: Timing
     decode: Timing
     prefill_ub1: Timing
+    devices: tuple[str, ...] = ()
 
     @property
     def ub1_slowdown(self) -> float:
@@ -91,7 +92,7 @@ class Bench:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         timings = {name: getattr(self, name).to_dict() for name in ("prefill", "decode", "prefill_ub1")}
-        return {**timings, "ub1_slowdown": self.ub1_slowdown}
+        return {**timings, "ub1_slowdown": self.ub1_slowdown, "devices": list(self.devices)}
 
 
 def run_bench(
@@ -104,6 +105,7 @@ def run_bench(
     repeat: int = 5,
     threads: int = 1,
     kv: str = "f16",
+    gpu_layers: int = -1,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Bench:
@@ -117,7 +119,7 @@ def run_bench(
     n_contrast = min(prompt, CONTRAST_TOKENS)
     with ExitStack() as stack:
         progress("loading the base twice, once with the sidecar")
-        models = [stack.enter_context(Model.open(base, side)) for side in (None, sidecar)]
+        models = [stack.enter_context(Model.open(base, side, gpu_layers=gpu_layers)) for side in (None, sidecar)]
         ids = np.random.default_rng(seed).integers(0, models[0].n_vocab, prompt + gen).astype(np.int32)
 
         def open_pair(size: int) -> list[Context]:
@@ -144,7 +146,7 @@ def run_bench(
                         (timing.base, timing.sidecar, timing.base_cpu, timing.sidecar_cpu), (*wall, *cpu), strict=True
                     ):
                         store.append(value)
-    return Bench(**timings)
+    return Bench(**timings, devices=pair[1].devices)
 
 
 def _by_turns(

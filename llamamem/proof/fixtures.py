@@ -59,9 +59,9 @@ def engine(name: str) -> Engine:
         from llamamem.reference import torch_memory  # only here: it is optional
 
         return torch_memory.eval_layer
-    from llamamem.native import runtime  # only here: it needs a build and the bindings
+    from llamamem.native.layer import eval_layer  # only here: it needs a build and the bindings
 
-    return runtime.eval_layer
+    return eval_layer
 
 
 def check_fixtures(paths: Iterable[str | Path], engines: Iterable[str], atol: float) -> list[FixtureReport]:

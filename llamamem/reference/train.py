@@ -106,8 +106,8 @@ class Trainer:
         total = sum(sum(session.weights) for example in batch for session in example)
         self._begin(len(batch), rng)
         pending: list[Tensor] = []
-        loss, right, segments = 0.0, [], 0
-        for ids, mask, targets, weights, answers in _segments(batch, self.plan.segment):
+        loss, right, done = 0.0, [], 0
+        for ids, mask, targets, weights, answers in segments(batch, self.plan.segment):
             wanted = weights > 0
             places = wanted.any(dim=0).nonzero().flatten()
             with self.handle.masked(mask):
@@ -119,8 +119,8 @@ class Trainer:
                 losses = F.cross_entropy(said.float(), targets[wanted], reduction="none") * weights[wanted]
                 pending.append(losses.sum() / total)
                 right += (said.argmax(-1) == targets[wanted])[answers[wanted]].tolist()
-            segments += 1
-            if self.plan.bptt and segments % self.plan.bptt == 0:
+            done += 1
+            if self.plan.bptt and done % self.plan.bptt == 0:
                 loss += _flush(pending)
                 self.handle.detach()
         loss += _flush(pending)
@@ -132,6 +132,10 @@ class Trainer:
         start = rng.randrange(shape.chunk * shape.states) if rng.random() < self.plan.shift else 0
         fresh = {layer: memory.fresh(batch) for layer, memory in self.handle.adapter.layers.items()}
         self.handle.state = {layer: state._replace(n=state.n + start) for layer, state in fresh.items()}
+
+    def examples(self) -> Sequence[Example]:
+        """A batch of the last stage."""
+        return self._draw(random.Random(f"{self.plan.seed} examples"), self.plan.stages[-1])
 
     def _draw(self, rng: random.Random, stage: Stage) -> list[Example]:
         if isinstance(self.source, RecallTask):
@@ -187,8 +191,11 @@ def _flush(pending: list[Tensor]) -> float:
 Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _segments(batch: Sequence[Example], length: int) -> Iterator[Piece]:
-    """Ids, mask, and of the next tokens their ids, weights and whether they are answers: [B, T] each."""
+def segments(batch: Sequence[Example], length: int = 256) -> Iterator[Piece]:
+    """A batch piece by piece: ids, mask, and of the next tokens ids, weights and whether they are answers, [B, T] each.
+
+    At most `length` tokens a piece, and none goes over the end of a session.
+    """
     for place in range(max(len(example) for example in batch)):
         sessions = [example[place] if place < len(example) else Session([], [], []) for example in batch]
         longest = max(len(session.ids) for session in sessions)

@@ -13,6 +13,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import replacing
 from llamamem.reference.adapter import Adapter, read_adapter
 from llamamem.reference.attach import attach
+from llamamem.reference.balance import balance
 from llamamem.reference.base import load_base
 from llamamem.reference.chat_tokens import ChatTokens
 from llamamem.reference.train import STATE, Plan, Progress, Trainer
@@ -43,6 +44,7 @@ class Request:
     save_every: int = 100
     seed: int = 0
     threads: int = 1
+    balance: bool = False
     stages: tuple[Stage, ...] = ()  # of the recall task; its own unless given
 
 
@@ -67,9 +69,10 @@ def run(request: Request, show: Callable[[Progress, int], None] = lambda progres
         show(last, trainer.total)
         if last.step % request.save_every == 0:
             save()
+    balanced = balance(trainer.model, trainer.handle, trainer.examples()) if request.balance else None
     save()
     loss, recall = (last.loss, last.recall) if last is not None else (float("nan"), None)
-    return {"steps": trainer.step, "loss": loss, "recall": recall, "output": str(output)}
+    return {"steps": trainer.step, "loss": loss, "recall": recall, "balanced": balanced, "output": str(output)}
 
 
 def smoke(request: Request) -> list[Check]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.native.runtime import Context, Model, State, eval_layer, load_library
+from llamamem.native.layer import eval_layer
+from llamamem.native.runtime import Context, Model, State, load_library
 from llamamem.proof.fixtures import FixtureReport, check_fixtures
 
 MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"

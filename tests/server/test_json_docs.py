@@ -99,7 +99,10 @@ def test_the_runtime(printed: Print, build: Build, sidecar: Path, model: Path, t
         doctor=[printed("doctor")],
         fixture_check=[printed("fixture", "check", *sorted((DATA / "layers").glob("*_t1_*.npz")))],
         parity=[printed("parity", *files, *LOGITS, *states), printed("parity", "--model", model, *LOGITS)],
-        bench=[printed("bench", *files, "--prompt", "8", "--gen", "2", "--repeat", "1")],
+        bench=[
+            printed("bench", *files, "--prompt", "8", "--gen", "2", "--repeat", "1"),
+            printed("bench", *files, "--prompt", "8", "--gen", "2", "--repeat", "1", "--profile"),
+        ],
         smoke=[printed("smoke", *files, "-n", "4")],
         serve_dry_run=[printed("serve", *files, "--dry-run"), printed("serve", "--model", model, "--dry-run")],
     )

@@ -107,14 +107,14 @@ def test_mutants_of_semantics_2_fail(
 def test_both_engines_are_checked_each(
     llamamem: Callable[..., Any], layers: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llamamem.native import runtime
+    from llamamem.native import layer as compiled
 
     path = layer(layers, "v1_h64_t7_c4")
-    monkeypatch.setattr(runtime, "eval_layer", oracle.eval_layer)
+    monkeypatch.setattr(compiled, "eval_layer", oracle.eval_layer)
     result = llamamem("fixture", "check", path, "--engine", "both", "--json")
     assert result.status == 0
     assert [entry["engine"] for entry in json.loads(result.out)["files"]] == ["numpy", "native"]
-    monkeypatch.setattr(runtime, "eval_layer", mutant(*MUTANTS["sign of a"]).eval_layer)
+    monkeypatch.setattr(compiled, "eval_layer", mutant(*MUTANTS["sign of a"]).eval_layer)
     result = llamamem("fixture", "check", path, "--engine", "both", "--json")
     assert result.status == 1
     assert [entry["ok"] for entry in json.loads(result.out)["files"]] == [True, False]
