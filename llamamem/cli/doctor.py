@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object {ok, checks}.")) -> None:
-    """Look at compiler, tools, pin, patches, build, bindings and the device of a memory; say what to do about faults.
+    """Look at compiler, tools, patches, build and the device of a memory, and name the next step for faults.
 
     The memory is that of the demo model, loaded with all layers on the GPU if there is one.
 
