@@ -75,13 +75,10 @@ def make_adapter(base: Path, folder: Path, seed: int, log: Log) -> None:
             log(f"adapter  step {progress.step:4}  stage {stage}  loss {progress.loss:.3f}  recall {recall:.3f}")
 
     state = folder / STATE
-    resume = state.is_file()
-    request = train_run.Request(base=base, output=folder, seed=seed, save_every=25, resume=resume, balance=True)
-    if resume:
+    request = train_run.Request(base=base, output=folder, seed=seed, save_every=25, resume=state.is_file())
+    if request.resume:
         log("adapter  goes on where it was stopped")
-    result = train_run.run(request, show)
-    for layer, (source, matrices) in result["balanced"].items():
-        log(f"balance  layer {layer}  largest source {source:.2f}, state {matrices:.2f}: both are scaled")
+    train_run.run(request, show)
     state.unlink()
 
 

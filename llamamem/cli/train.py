@@ -29,6 +29,7 @@ def train_command(
     steps: Annotated[int, typer.Option(min=1, help="Steps, with --data.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Conversations a step, with --data.")] = 8,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices; it keeps the states small.")] = 0.2,
     segment: Annotated[int, typer.Option(min=2, help="Tokens that are read at once.")] = 256,
     bptt: Annotated[int, typer.Option(min=0, help="Segments that a gradient runs back over; 0: all.")] = 0,
     layers: Annotated[str, typer.Option(help="Target layers of a new adapter.")] = "0,1,2,3,4,5",
@@ -39,7 +40,6 @@ def train_command(
     init: Annotated[Path | None, typer.Option(help="Checkpoint directory to start from, instead of a new one.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where --output stopped.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    balance: Annotated[bool, typer.Option("--balance", help="Scale what is trained to states of order one.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed and --threads give the same adapter.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of PyTorch; more are seldom faster for a small base.")] = 1,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps that fail unless something trains.")] = False,
@@ -57,9 +57,9 @@ def train_command(
     from llamamem.reference import train_run
 
     request = train_run.Request(
-        base=base, output=output, data=data, steps=steps, batch=batch, lr=lr, segment=segment, bptt=bptt,
-        layers=_layers(layers), rank=rank, states=states, chunk=chunk, semantics=semantics, init=init, resume=resume,
-        save_every=save_every, balance=balance, seed=seed, threads=threads,
+        base=base, output=output, data=data, steps=steps, batch=batch, lr=lr, weight_decay=weight_decay,
+        segment=segment, bptt=bptt, layers=_layers(layers), rank=rank, states=states, chunk=chunk,
+        semantics=semantics, init=init, resume=resume, save_every=save_every, seed=seed, threads=threads,
     )  # fmt: skip
     if smoke:
         checks = train_run.smoke(request)

@@ -32,6 +32,7 @@ class Plan:
 
     stages: tuple[Stage, ...]
     lr: float = 5e-3
+    weight_decay: float = 0.2  # of matrices
     seed: int = 0
     segment: int = 256  # tokens
     bptt: int = 0  # segments that a gradient runs back over; 0: all of an example's
@@ -68,7 +69,14 @@ class Trainer:
         self.parameters = list(self.handle.layers.parameters())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.plan.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        # the group norm behind a read hides how large states are: without decay they grow to 80, and cancel inexactly
+        matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in self.parameters if parameter.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.plan.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.99))
 
     def run(self) -> Iterator[Progress]:
         """Trains to the end of the last stage."""
@@ -106,8 +114,8 @@ class Trainer:
         total = sum(sum(session.weights) for example in batch for session in example)
         self._begin(len(batch), rng)
         pending: list[Tensor] = []
-        loss, right, done = 0.0, [], 0
-        for ids, mask, targets, weights, answers in segments(batch, self.plan.segment):
+        loss, right, segments = 0.0, [], 0
+        for ids, mask, targets, weights, answers in _segments(batch, self.plan.segment):
             wanted = weights > 0
             places = wanted.any(dim=0).nonzero().flatten()
             with self.handle.masked(mask):
@@ -119,8 +127,8 @@ class Trainer:
                 losses = F.cross_entropy(said.float(), targets[wanted], reduction="none") * weights[wanted]
                 pending.append(losses.sum() / total)
                 right += (said.argmax(-1) == targets[wanted])[answers[wanted]].tolist()
-            done += 1
-            if self.plan.bptt and done % self.plan.bptt == 0:
+            segments += 1
+            if self.plan.bptt and segments % self.plan.bptt == 0:
                 loss += _flush(pending)
                 self.handle.detach()
         loss += _flush(pending)
@@ -132,10 +140,6 @@ class Trainer:
         start = rng.randrange(shape.chunk * shape.states) if rng.random() < self.plan.shift else 0
         fresh = {layer: memory.fresh(batch) for layer, memory in self.handle.adapter.layers.items()}
         self.handle.state = {layer: state._replace(n=state.n + start) for layer, state in fresh.items()}
-
-    def examples(self) -> Sequence[Example]:
-        """A batch of the last stage."""
-        return self._draw(random.Random(f"{self.plan.seed} examples"), self.plan.stages[-1])
 
     def _draw(self, rng: random.Random, stage: Stage) -> list[Example]:
         if isinstance(self.source, RecallTask):
@@ -191,11 +195,8 @@ def _flush(pending: list[Tensor]) -> float:
 Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def segments(batch: Sequence[Example], length: int = 256) -> Iterator[Piece]:
-    """A batch piece by piece: ids, mask, and of the next tokens ids, weights and whether they are answers, [B, T] each.
-
-    At most `length` tokens a piece, and none goes over the end of a session.
-    """
+def _segments(batch: Sequence[Example], length: int) -> Iterator[Piece]:
+    """Ids, mask, and of the next tokens their ids, weights and whether they are answers: [B, T] each."""
     for place in range(max(len(example) for example in batch)):
         sessions = [example[place] if place < len(example) else Session([], [], []) for example in batch]
         longest = max(len(session.ids) for session in sessions)

@@ -13,7 +13,6 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import replacing
 from llamamem.reference.adapter import Adapter, read_adapter
 from llamamem.reference.attach import attach
-from llamamem.reference.balance import balance
 from llamamem.reference.base import load_base
 from llamamem.reference.chat_tokens import ChatTokens
 from llamamem.reference.train import STATE, Plan, Progress, Trainer
@@ -32,6 +31,7 @@ class Request:
     steps: int = 200
     batch: int = 8
     lr: float = 5e-3
+    weight_decay: float = 0.2
     segment: int = 256
     bptt: int = 0
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
@@ -44,7 +44,6 @@ class Request:
     save_every: int = 100
     seed: int = 0
     threads: int = 1
-    balance: bool = False
     stages: tuple[Stage, ...] = ()  # of the recall task; its own unless given
 
 
@@ -69,10 +68,9 @@ def run(request: Request, show: Callable[[Progress, int], None] = lambda progres
         show(last, trainer.total)
         if last.step % request.save_every == 0:
             save()
-    balanced = balance(trainer.model, trainer.handle, trainer.examples()) if request.balance else None
     save()
     loss, recall = (last.loss, last.recall) if last is not None else (float("nan"), None)
-    return {"steps": trainer.step, "loss": loss, "recall": recall, "balanced": balanced, "output": str(output)}
+    return {"steps": trainer.step, "loss": loss, "recall": recall, "output": str(output)}
 
 
 def smoke(request: Request) -> list[Check]:
@@ -94,5 +92,12 @@ def _trainer(request: Request, start: Path | None) -> Trainer:
     adapter: Adapter = new_adapter(spec, model, request.seed) if start is None else read_adapter(start)
     source = RecallTask(chat) if request.data is None else read_examples(request.data, chat)
     stages = (request.stages or CURRICULUM) if request.data is None else (Stage(0, 0, request.steps, request.batch),)
-    plan = Plan(stages, lr=request.lr, seed=request.seed, segment=request.segment, bptt=request.bptt)
+    plan = Plan(
+        stages,
+        lr=request.lr,
+        weight_decay=request.weight_decay,
+        seed=request.seed,
+        segment=request.segment,
+        bptt=request.bptt,
+    )
     return Trainer(model, attach(model, adapter), plan, source)

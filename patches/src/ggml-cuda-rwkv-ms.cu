@@ -38,9 +38,10 @@ void ggml_cuda_op_rwkv_ms(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.dst          = (float *) dst->data;
     a.stride_dst   = dst->nb[1] / sizeof(float);
 
-    ggml_cuda_pool_alloc<float> rows(ctx.pool());
+    ggml_cuda_pool_alloc<float> work(ctx.pool());
     if (!rwkv_ms_is_fused(a.n_tokens)) {
-        a.rows = rows.alloc(a.n_tokens * ggml_rwkv_ms_row::n_row(a.p));
+        a.stride_work = rwkv_ms_n_work(a.p);
+        a.work        = work.alloc(a.n_tokens * a.stride_work);
     }
 
     cudaStream_t stream = ctx.stream();

@@ -26,9 +26,9 @@ struct op_data {
     int64_t n_cells() const { return state.size() / ggml_rwkv_ms_n_cell(&p); }
 };
 
-static inline op_data op_data_make(const ggml_rwkv_ms_params & p, bool features, int n_cells, int n_tokens, int seed) {
+static inline op_data op_data_make(const ggml_rwkv_ms_params & p, bool features, int n_cells, int n_tokens, int seed, float deviation = 0.3f) {
     std::mt19937                          rng(seed);
-    std::normal_distribution<float>       normal(0.0f, 0.3f);
+    std::normal_distribution<float>       normal(0.0f, deviation);
     std::uniform_real_distribution<float> unit(0.0f, 1.0f);
 
     const int D = p.n_head * p.n_rank;
@@ -95,6 +95,17 @@ static inline std::vector<float> op_run(op_data & d, int64_t t0, int64_t n, ggml
     return res;
 }
 
+// the same with about half of the inputs and weights moved to the next float
+static inline op_data op_data_nudge(op_data d, int seed) {
+    std::mt19937 rng(seed);
+    for (auto * values : { &d.x, &d.weights }) {
+        for (float & value : *values) {
+            value = rng() % 2 ? std::nextafterf(value, rng() % 2 ? INFINITY : -INFINITY) : value;
+        }
+    }
+    return d;
+}
+
 // largest |a - b| / (1 + |b|), NaN equal to NaN alone
 static inline double op_distance(const std::vector<float> & a, const std::vector<float> & b) {
     double res = a.size() == b.size() ? 0.0 : INFINITY;
@@ -142,6 +153,7 @@ static inline std::vector<std::pair<const char *, ggml_rwkv_ms_params>> op_shape
         { "2 heads, a gate each", with([](auto & p) { p.n_head = 2, p.n_gate = 2, p.semantics = 2; }) },
         { "rank 4, 2 states", with([](auto & p) { p.n_rank = 4, p.n_gate = 4, p.n_state = 2, p.n_chunk = 1; }) },
         { "rank 16, 8 states", with([](auto & p) { p.n_rank = 16, p.n_gate = 16, p.n_state = 8, p.n_lora = 40; }) },
+        { "rank 16, 4 heads", with([](auto & p) { p.n_rank = 16, p.n_head = 4, p.n_gate = 64, p.n_state = 2; }) },
         { "rank 8, 7 states", with([](auto & p) { p.n_state = 7, p.n_chunk = 2; }) },
         { "rank 8, 1 state", with([](auto & p) { p.n_state = 1; }) },
     };

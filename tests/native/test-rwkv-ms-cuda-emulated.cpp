@@ -192,7 +192,7 @@ static bool emu_launch(rwkv_ms_kernel kernel, const rwkv_ms_args & a, int64_t n_
 
 // the same by the kernels
 static bool run_cuda(op_data & d, int64_t t0, int64_t n, std::vector<float> & res) {
-    std::vector<float> rows(rwkv_ms_is_fused(n) ? 0 : n * ggml_rwkv_ms_row::n_row(d.p), NAN);
+    std::vector<float> work(rwkv_ms_is_fused(n) ? 0 : n * rwkv_ms_n_work(d.p), NAN);
     std::vector<float> dst(n * d.n_dst(), NAN);
 
     rwkv_ms_args a = {};
@@ -206,7 +206,8 @@ static bool run_cuda(op_data & d, int64_t t0, int64_t n, std::vector<float> & re
     a.state        = d.state.data();
     a.stride_state = ggml_rwkv_ms_n_cell(&d.p);
     a.n_cells      = d.n_cells();
-    a.rows         = rows.data();
+    a.work         = work.data();
+    a.stride_work  = rwkv_ms_n_work(d.p);
     a.dst          = dst.data();
     a.stride_dst   = d.n_dst();
 
@@ -257,6 +258,30 @@ static void test_shapes() {
     test_shape(op_published(), false, 64, 100, "published");
 }
 
+// larger weights make the op ill-conditioned: no further from the CPU's op than that is from itself after a nudge
+static void test_large_weights() {
+    ggml_backend_ptr cpu_backend{ ggml_backend_cpu_init() };
+
+    for (const auto & shape : op_shapes()) {
+        double apart = 0.0;
+        double own   = 0.0;
+        for (int seed = 1; seed <= 5; ++seed) {
+            const op_data      data   = op_data_make(shape.second, false, 2, 37, seed, 0.5f);
+            op_data            cpu    = data;
+            op_data            cuda   = data;
+            op_data            nudged = op_data_nudge(data, seed);
+            std::vector<float> want   = op_run(cpu, 0, 37, cpu_backend.get());
+            std::vector<float> got;
+
+            CHECK(run_cuda(cuda, 0, 37, got));
+            own   = std::max(own, op_distance(op_run(nudged, 0, 37, cpu_backend.get()), want));
+            apart = std::max(apart, op_distance(got, want));
+        }
+        CHECK(apart <= std::max(1e-5, 2 * own));
+        printf("  %-22s %.1e, the CPU's own after a nudge %.1e\n", shape.first, apart, own);
+    }
+}
+
 // what the CPU's op asserts ends a kernel
 static void test_checks() {
     for (const int n_tokens : { 4, 20 }) {
@@ -285,6 +310,7 @@ static void test_checks() {
 int main() {
     return run_tests({
             { "shapes", [] { test_shapes(); } },
+            { "large weights", [] { test_large_weights(); } },
             { "checks", [] { test_checks(); } },
     });
 }
