@@ -77,6 +77,9 @@ void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_m
 // fails unless header and cells have the checksum, and the cells can be ones
 void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, const std::vector<float> & cells);
 
+// fails unless the data are a whole block of this model and what it says of the KV cache that follows
+void llama_rwkv_ms_block_check_data(const llama_rwkv_ms & weights, const uint8_t * data, size_t size, uint32_t kind, uint32_t n_cells);
+
 // "" if the values of one cell can be a state, else what is wrong with them
 std::string llama_rwkv_ms_cell_check(const llama_rwkv_ms & weights, const float * cell);
 

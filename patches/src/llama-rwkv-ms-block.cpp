@@ -1,0 +1,206 @@
+#include "llama-rwkv-ms-state.h"
+
+#include "llama-rwkv-ms-sha256.h"
+
+#include "ggml-rwkv-ms.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+static const uint32_t RWKV_MS_BLOCK_VERSION = 1;
+
+static void rwkv_ms_from_hex(uint8_t (&dst)[32], const char * hex) {
+    for (size_t i = 0; i < sizeof(dst); ++i) {
+        dst[i] = (uint8_t) std::stoi(std::string(hex + 2 * i, 2), nullptr, 16);
+    }
+}
+
+static std::string rwkv_ms_to_hex(const uint8_t (&src)[32]) {
+    llama_rwkv_ms_sha256::digest digest;
+    memcpy(digest.data(), src, sizeof(src));
+    return llama_rwkv_ms_sha256::hex(digest);
+}
+
+static llama_rwkv_ms_block_header rwkv_ms_block_header_init(const llama_rwkv_ms & weights) {
+    llama_rwkv_ms_block_header res = {};
+
+    memcpy(res.magic, "RMVS", sizeof(res.magic));
+
+    res.version   = RWKV_MS_BLOCK_VERSION;
+    res.n_header  = sizeof(res);
+    res.n_layer   = weights.info.n_layer;
+    res.n_head    = weights.info.n_head;
+    res.n_state   = weights.info.n_state;
+    res.rank      = weights.info.rank;
+    res.n_chunk   = weights.info.n_chunk;
+    res.semantics = weights.info.semantics;
+    res.n_cell    = ggml_rwkv_ms_n_cell(&weights.params);
+
+    rwkv_ms_from_hex(res.fingerprint, weights.info.fingerprint);
+    rwkv_ms_from_hex(res.sidecar, weights.info.sidecar_sha256);
+    rwkv_ms_from_hex(res.base, weights.info.base_sha256);
+
+    return res;
+}
+
+static llama_rwkv_ms_sha256::digest rwkv_ms_block_hash(llama_rwkv_ms_block_header header, const void * cells, size_t size) {
+    memset(header.checksum, 0, sizeof(header.checksum));
+
+    llama_rwkv_ms_sha256 hash;
+    hash.update(&header, sizeof(header));
+    hash.update(cells, size);
+    return hash.final();
+}
+
+uint64_t llama_rwkv_ms_block_n_cells(const llama_rwkv_ms_block_header & header) {
+    return (uint64_t) header.n_cells * (header.flags & LLAMA_RWKV_MS_BLOCK_ORIGIN ? 2 : 1);
+}
+
+std::vector<uint8_t> llama_rwkv_ms_block_write(
+        const llama_rwkv_ms &      weights,
+        uint32_t                   kind,
+        const std::vector<float> & cells,
+        const std::vector<float> & origins,
+        uint64_t                   n_bytes_kv) {
+    GGML_ASSERT(origins.empty() || origins.size() == cells.size());
+
+    auto header = rwkv_ms_block_header_init(weights);
+
+    header.kind       = kind;
+    header.n_cells    = cells.size() / ((size_t) header.n_layer * header.n_cell);
+    header.n_bytes_kv = n_bytes_kv;
+    header.flags      = origins.empty() ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN;
+
+    std::vector<float> all = cells;
+    all.insert(all.end(), origins.begin(), origins.end());
+
+    const auto digest = rwkv_ms_block_hash(header, all.data(), all.size() * sizeof(float));
+    memcpy(header.checksum, digest.data(), sizeof(header.checksum));
+
+    std::vector<uint8_t> res(sizeof(header) + all.size() * sizeof(float));
+    memcpy(res.data(), &header, sizeof(header));
+    memcpy(res.data() + sizeof(header), all.data(), all.size() * sizeof(float));
+    return res;
+}
+
+static const char * rwkv_ms_kind_name(uint32_t kind) {
+    static const char * const names[] = { "one sequence", "a whole context", "a checkpoint", "a memory alone" };
+
+    return kind >= 1 && kind <= 4 ? names[kind - 1] : "an unknown kind of state";
+}
+
+static void rwkv_ms_block_check_version(const llama_rwkv_ms_block_header & header) {
+    if (memcmp(header.magic, "RMVS", sizeof(header.magic)) != 0) {
+        llama_rwkv_ms_state_fail("state-no-memory", "the state has no memory in it: it was saved without a sidecar");
+    }
+    if (header.version != RWKV_MS_BLOCK_VERSION || header.n_header != sizeof(header)) {
+        llama_rwkv_ms_state_fail("state-version", "the memory has version %u, this build reads %u: load it with the build that saved it",
+                header.version, RWKV_MS_BLOCK_VERSION);
+    }
+}
+
+// a text and then zeros; none unless a tool made the state
+static bool rwkv_ms_note_check(const llama_rwkv_ms_block_header & header) {
+    const std::string note(header.note, sizeof(header.note));
+    const size_t      n = header.flags & LLAMA_RWKV_MS_BLOCK_DERIVED ? std::min(note.find('\0'), note.size()) : 0;
+
+    return note.find_first_not_of('\0', n) == std::string::npos;
+}
+
+void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint32_t kind, uint32_t n_cells) {
+    rwkv_ms_block_check_version(header);
+
+    const auto expected = rwkv_ms_block_header_init(weights);
+
+    if (memcmp(header.fingerprint, expected.fingerprint, sizeof(header.fingerprint)) != 0 ||
+            memcmp(header.sidecar, expected.sidecar, sizeof(header.sidecar)) != 0 ||
+            memcmp(header.base, expected.base, sizeof(header.base)) != 0) {
+        llama_rwkv_ms_state_fail("state-identity", "the state belongs to sidecar %s and base %s, this model has sidecar %s and base %s",
+                rwkv_ms_to_hex(header.sidecar).c_str(), rwkv_ms_to_hex(header.base).c_str(), weights.info.sidecar_sha256, weights.info.base_sha256);
+    }
+    if (header.kind != kind) {
+        llama_rwkv_ms_state_fail("state-kind", "the state is that of %s, expected %s", rwkv_ms_kind_name(header.kind), rwkv_ms_kind_name(kind));
+    }
+    if (header.n_cells != n_cells) {
+        llama_rwkv_ms_state_fail("state-shape", "the state has %u sequences, expected %u", header.n_cells, n_cells);
+    }
+
+    const uint32_t flags = LLAMA_RWKV_MS_BLOCK_DERIVED | (kind == LLAMA_RWKV_MS_BLOCK_MEMORY ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN);
+
+    if (header.n_layer != expected.n_layer || header.n_head != expected.n_head || header.n_state != expected.n_state || header.rank != expected.rank ||
+            header.n_chunk != expected.n_chunk || header.semantics != expected.semantics || header.n_cell != expected.n_cell ||
+            header.zero != 0 || (header.flags & ~flags) != 0 || (kind == LLAMA_RWKV_MS_BLOCK_MEMORY && header.n_bytes_kv != 0) ||
+            !rwkv_ms_note_check(header)) {
+        llama_rwkv_ms_state_fail("state-shape", "the state has %u layers of %u values, this model %u of %u, or their parts differ",
+                header.n_layer, header.n_cell, expected.n_layer, expected.n_cell);
+    }
+}
+
+void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, const std::vector<float> & cells) {
+    const auto digest = rwkv_ms_block_hash(header, cells.data(), cells.size() * sizeof(float));
+
+    if (memcmp(digest.data(), header.checksum, sizeof(header.checksum)) != 0) {
+        llama_rwkv_ms_state_fail("state-checksum", "the memory does not have its checksum: the state is damaged");
+    }
+
+    const size_t n_cell = (size_t) header.n_layer * header.n_cell;
+    for (size_t i = 0; i < cells.size(); i += n_cell) {
+        const std::string what = llama_rwkv_ms_cell_check(weights, cells.data() + i);
+        if (!what.empty()) {
+            llama_rwkv_ms_state_fail("state-values", "%s", what.c_str());
+        }
+    }
+}
+
+std::string llama_rwkv_ms_cell_check(const llama_rwkv_ms & weights, const float * cell) {
+    const int64_t n_cell   = ggml_rwkv_ms_n_cell(&weights.params);
+    const float   n_period = (float) weights.params.n_state * weights.params.n_chunk;
+
+    for (const auto & layer : weights.layers) {
+        for (int64_t j = 0; j < n_cell; ++j) {
+            if (!std::isfinite(cell[j])) {
+                return format("layer %d: value %lld is not finite", layer.il, (long long) j);
+            }
+        }
+
+        const float n_lo = cell[n_cell - 2];
+        const float n_hi = cell[n_cell - 1];
+
+        if (n_lo < 0 || n_lo >= n_period || n_lo != std::floor(n_lo) || n_hi < 0 || n_hi > (1 << 24) || n_hi != std::floor(n_hi)) {
+            return format("layer %d: the token counter is out of range", layer.il);
+        }
+        cell += n_cell;
+    }
+    return "";
+}
+
+void llama_rwkv_ms_block_check_data(const llama_rwkv_ms & weights, const uint8_t * data, size_t size, uint32_t kind, uint32_t n_cells) {
+    llama_rwkv_ms_block_header header = {};
+
+    memcpy(&header, data, std::min(size, sizeof(header)));
+
+    rwkv_ms_block_check_version(header);
+
+    // no overflow: the factors have 32 bits, and each product is compared before the next
+    const uint64_t rest     = size < sizeof(header) ? 0 : size - sizeof(header);
+    const uint64_t n_floats = (uint64_t) header.n_layer * header.n_cell;
+    const uint64_t n_all    = llama_rwkv_ms_block_n_cells(header);
+
+    if (size < sizeof(header) || n_floats > rest || n_all > rest || n_floats * n_all > rest / sizeof(float) ||
+            header.n_bytes_kv != rest - n_floats * n_all * sizeof(float)) {
+        llama_rwkv_ms_state_fail("state-truncated", "the state has %zu bytes, its header says another number: it is cut, or something was added", size);
+    }
+
+    const auto digest = rwkv_ms_block_hash(header, data + sizeof(header), n_floats * n_all * sizeof(float));
+    if (memcmp(digest.data(), header.checksum, sizeof(header.checksum)) != 0) {
+        llama_rwkv_ms_state_fail("state-checksum", "the memory does not have its checksum: the state is damaged");
+    }
+
+    llama_rwkv_ms_block_check(weights, header, kind, n_cells);
+
+    std::vector<float> cells(n_floats * n_all);
+    memcpy(cells.data(), data + sizeof(header), cells.size() * sizeof(float));
+
+    llama_rwkv_ms_block_check_cells(weights, header, cells);
+}
