@@ -415,8 +415,7 @@ static __global__ void rwkv_ms_fused_kernel(const rwkv_ms_args a) {
                 if (mask == GGML_RWKV_MS_MASK_LIVE && a.weights) {
                     rwkv_ms_copy(D, row.s, s_prev);
                 }
-            }
-            __syncthreads();
+            } // the others wait for it before they read
         }
     }
 
