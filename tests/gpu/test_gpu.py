@@ -5,17 +5,15 @@ Run by `make test-gpu` with the CUDA build; skipped where there is no GPU.
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from llamamem.errors import LlamamemError
 from llamamem.native.build import Build, find_build
-from llamamem.native.runtime import Context, Model, load_library
+from llamamem.native.runtime import Context, Model, State, load_library
 from llamamem.serving.client import Client
 from llamamem.serving.process import launch
 from llamamem.serving.profiles import make_plan
@@ -25,21 +23,11 @@ BASE, SIDECAR = DATA / "model-f32.gguf", DATA / "sidecar-v1.gguf"
 
 
 @pytest.fixture(scope="session")
-def build() -> Build:
+def build(gpu: str) -> Build:
     try:
-        found = find_build("cuda")
+        return find_build("cuda")
     except LlamamemError:
         pytest.skip("no CUDA build: llamamem build --backend cuda")
-    gpus = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, check=False) if _has_smi() else None
-    if gpus is None or gpus.returncode != 0:
-        pytest.skip("no GPU on this machine")
-    return found
-
-
-def _has_smi() -> bool:
-    from shutil import which
-
-    return which("nvidia-smi") is not None
 
 
 @pytest.fixture(scope="session")
@@ -49,20 +37,32 @@ def ids(build: Build) -> np.ndarray:
         return file["p1_ids"]
 
 
-def logits(ids: np.ndarray, sidecar: Path | None, gpu_layers: int, n_ubatch: int = 512) -> tuple[np.ndarray, Any]:
+def run(
+    ids: np.ndarray, sidecar: Path | None, gpu_layers: int, n_ubatch: int = 512
+) -> tuple[np.ndarray, list[State], tuple[str, ...]]:
+    """Logits, states of the memory, and the devices on which they lie."""
     with Model.open(BASE, sidecar, gpu_layers=gpu_layers) as model, Context(model, 512, n_ubatch=n_ubatch) as context:
-        return context.decode(ids), context.states() if sidecar else []
+        return context.decode(ids), context.states() if sidecar else [], context.devices
 
 
 @pytest.mark.parametrize("n_ubatch", [512, 7, 1])
-@pytest.mark.parametrize("gpu_layers", [99, 9, 3])
-def test_logits_and_states_are_those_of_the_cpu(ids: np.ndarray, gpu_layers: int, n_ubatch: int) -> None:
-    """Partial offload has memory on both sides; the base alone says how far GPU and CPU are from each other."""
-    expected, states = logits(ids, SIDECAR, 0)
-    got, states_gpu = logits(ids, SIDECAR, gpu_layers, n_ubatch)
-    base = np.abs(logits(ids, None, gpu_layers, n_ubatch)[0] - logits(ids, None, 0)[0]).max()
+@pytest.mark.parametrize(("gpu_layers", "on_cpu"), [(99, {False}), (9, {True, False}), (3, {True})])
+def test_logits_and_states_are_those_of_the_cpu(
+    ids: np.ndarray, gpu: str, gpu_layers: int, on_cpu: set[bool], n_ubatch: int, measured: Callable[[str], None]
+) -> None:
+    """Of 12 layers, 0 to 5 have a memory; the base alone says how far GPU and CPU are from each other."""
+    expected, states, _ = run(ids, SIDECAR, 0)
+    got, states_gpu, devices = run(ids, SIDECAR, gpu_layers, n_ubatch)
+    base = np.abs(run(ids, None, gpu_layers, n_ubatch)[0] - run(ids, None, 0)[0]).max()
     assert np.isfinite(got).all()
-    assert np.abs(got - expected).max() <= 4 * base + 5e-3
+    apart = np.abs(got - expected).max()
+    S = max(np.abs(other.S - one.S).max() for one, other in zip(states, states_gpu, strict=True))
+    measured(
+        f"{gpu}: --gpu-layers {gpu_layers}, -ub {n_ubatch}, memory on {' and '.join(devices)}:"
+        f" logits {apart:.1e} from the CPU's (the base {base:.1e}), states {S:.1e}"
+    )
+    assert {device == "CPU" for device in devices} == on_cpu, devices
+    assert apart <= 4 * base + 5e-3
     for one, other in zip(states, states_gpu, strict=True):
         assert one.n == other.n
         np.testing.assert_allclose(other.S, one.S, rtol=1e-2, atol=1e-2)
@@ -72,7 +72,7 @@ def test_a_zero_scale_is_the_base(ids: np.ndarray) -> None:
     with Model.open(BASE, SIDECAR) as model, Context(model, 512) as context:
         context.set_memory(scale=0.0)
         scaled = context.decode(ids)
-    np.testing.assert_array_equal(scaled, logits(ids, None, -1)[0])
+    np.testing.assert_array_equal(scaled, run(ids, None, -1)[0])
 
 
 @pytest.fixture
