@@ -25,8 +25,7 @@ class Bounds:
         return cls(default.logits if logits is None else logits, default.state if state is None else state)
 
 
-# A trained memory amplifies rounding: on the demo model the reference differs from itself by 1e-5 in the memory when a
-# text is cut into other pieces, and from the server by more than this bound: give --state there.
+# As the whole-model parity tests of the runtime have it.
 EXACT = Bounds(5e-5, 5e-6)
 PRODUCT = Bounds(1.6e-2, 2e-3)
 

@@ -14,8 +14,15 @@
 #define GGML_RWKV_MS_SHARED(name) extern __shared__ float name[]
 #endif
 
+// a warp for each of the most heads that rwkv_ms_is_supported takes
+#define RWKV_MS_BOUNDS(R) __launch_bounds__(RWKV_MS_WARP * rwkv_ms_max_heads(R), 1)
+
 static constexpr int      RWKV_MS_WARP = 32;
 static constexpr unsigned RWKV_MS_ALL  = 0xffffffffu;
+
+static constexpr int rwkv_ms_max_heads(int R) {
+    return R == 16 ? 12 : 16;
+}
 
 struct rwkv_ms_warp {
     static __device__ int lane() { return threadIdx.x; }
@@ -354,7 +361,7 @@ static __device__ unsigned rwkv_ms_tokens_of(const rwkv_ms_args & a, int64_t t0,
 
 // All three of a token, few tokens. grid: cells; block: warp x heads; shared: n_weights + D + n_row + n_scratch
 template <int R, int K>
-static __global__ void rwkv_ms_fused_kernel(const rwkv_ms_args a) {
+static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_fused_kernel(const rwkv_ms_args a) {
     GGML_RWKV_MS_SHARED(shared);
 
     const ggml_rwkv_ms_params & p = a.p;
@@ -449,7 +456,7 @@ static __device__ void rwkv_ms_fetch(const ggml_rwkv_ms_features & f, int n, int
 
 // The writes of many tokens, and the state that each of them reads. grid: cells; block: warp x heads; shared: heads x tile x 8 R
 template <int R, int K>
-static __global__ void rwkv_ms_scan_kernel(const rwkv_ms_args a) {
+static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_scan_kernel(const rwkv_ms_args a) {
     GGML_RWKV_MS_SHARED(shared);
 
     const ggml_rwkv_ms_params & p = a.p;
@@ -517,7 +524,7 @@ static __global__ void rwkv_ms_scan_kernel(const rwkv_ms_args a) {
 
 // Reads and outputs. grid: tokens; block: warp x heads; shared: n_scratch
 template <int R, int K>
-static __global__ void rwkv_ms_read_kernel(const rwkv_ms_args a) {
+static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_read_kernel(const rwkv_ms_args a) {
     GGML_RWKV_MS_SHARED(shared);
 
     const int     n = threadIdx.y;
@@ -582,8 +589,19 @@ static inline int64_t rwkv_ms_n_work(const ggml_rwkv_ms_params & p) {
     return ggml_rwkv_ms_row::n_row(p) + p.n_head * p.n_rank * rwkv_ms_kernels_of(p).n_rows * RWKV_MS_WARP;
 }
 
+// tokens that run through the three kernels at once, so that work memory has a limit
+#ifndef RWKV_MS_MAX_WORK
+#define RWKV_MS_MAX_WORK (16 * 1024 * 1024)
+#endif
+
+static inline int64_t rwkv_ms_n_piece(const ggml_rwkv_ms_params & p, int64_t n_tokens) {
+    const int64_t n_piece = RWKV_MS_MAX_WORK / (rwkv_ms_n_work(p) * sizeof(float));
+
+    return n_tokens < n_piece ? n_tokens : n_piece;
+}
+
 static inline bool rwkv_ms_is_supported(const ggml_rwkv_ms_params & p) {
-    return (p.n_rank == 4 || p.n_rank == 8 || p.n_rank == 16) && p.n_state * p.n_rank <= 4 * RWKV_MS_WARP && p.n_head <= 16 &&
+    return (p.n_rank == 4 || p.n_rank == 8 || p.n_rank == 16) && p.n_state * p.n_rank <= 4 * RWKV_MS_WARP && p.n_head <= rwkv_ms_max_heads(p.n_rank) &&
             rwkv_ms_n_shared(p) <= RWKV_MS_MAX_SHARED;
 }
 
@@ -606,7 +624,14 @@ static inline void rwkv_ms_run(rwkv_ms_args & a, F && launch) {
         launch(kernels.fused, a.n_cells, a.p.n_head, n_shared);
         return;
     }
-    launch(rwkv_ms_features_kernel, a.n_tokens, 1, n_shared);
-    launch(kernels.scan, a.n_cells, a.p.n_head, n_shared);
-    launch(kernels.read, a.n_tokens, a.p.n_head, n_shared);
+    const int64_t n_piece = rwkv_ms_n_piece(a.p, a.n_tokens);
+    for (int64_t n_left = a.n_tokens; n_left > 0; n_left -= n_piece) {
+        a.n_tokens = n_left < n_piece ? n_left : n_piece;
+        launch(rwkv_ms_features_kernel, a.n_tokens, 1, n_shared);
+        launch(kernels.scan, a.n_cells, a.p.n_head, n_shared);
+        launch(kernels.read, a.n_tokens, a.p.n_head, n_shared);
+        a.x += a.n_tokens * a.stride_x;
+        a.ids += a.n_tokens * 2;
+        a.dst += a.n_tokens * a.stride_dst;
+    }
 }

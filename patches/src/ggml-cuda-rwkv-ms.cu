@@ -41,7 +41,7 @@ void ggml_cuda_op_rwkv_ms(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_pool_alloc<float> work(ctx.pool());
     if (!rwkv_ms_is_fused(a.n_tokens)) {
         a.stride_work = rwkv_ms_n_work(a.p);
-        a.work        = work.alloc(a.n_tokens * a.stride_work);
+        a.work        = work.alloc(rwkv_ms_n_piece(a.p, a.n_tokens) * a.stride_work);
     }
 
     cudaStream_t stream = ctx.stream();

@@ -140,6 +140,15 @@ GGML_RWKV_MS_FUNC float ggml_rwkv_ms_tanh(float x) {
 #endif
 }
 
+// likewise its exp, whose errors near 1 would add up over a chunk
+GGML_RWKV_MS_FUNC float ggml_rwkv_ms_decay(float w) {
+#if defined(__CUDA_ARCH__) || defined(GGML_RWKV_MS_EMULATE_CUDA)
+    return 1.0f + expm1f(-expf(w));
+#else
+    return expf(-expf(w));
+#endif
+}
+
 GGML_RWKV_MS_FUNC float ggml_rwkv_ms_norm(int n, const float * x) {
     float sum = 0.0f;
     for (int i = 0; i < n; ++i) {
@@ -256,7 +265,7 @@ GGML_RWKV_MS_FUNC void ggml_rwkv_ms_token_features(
     lanes::matvec(L, D, w.w2, tmp.lora, t.w);
     for (int i = i0; i < D; i += di) {
         t.w[i]     = -ggml_rwkv_ms_softplus(-(w.w0[i] + t.w[i])) - 0.5f;
-        t.decay[i] = expf(-expf(t.w[i]));
+        t.decay[i] = ggml_rwkv_ms_decay(t.w[i]);
     }
 
     shift(2);

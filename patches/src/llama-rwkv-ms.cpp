@@ -315,6 +315,10 @@ bool llama_model_set_rwkv_ms(llama_model * model, const llama_rwkv_ms_sidecar * 
             throw std::runtime_error(format("%s: the model already has a sidecar; load the model again to change it", sidecar->path.c_str()));
         }
 
+        if (model->split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+            throw std::runtime_error(format("%s: a memory is not split over devices tensor by tensor; use --split-mode layer", sidecar->path.c_str()));
+        }
+
         llama_rwkv_ms_sidecar_check_model(*sidecar, *model);
 
         sidecar->base_hash_check();

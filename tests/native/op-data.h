@@ -9,6 +9,7 @@
 #include "ggml-cpu.h"
 #include "ggml-rwkv-ms.h"
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -35,13 +36,16 @@ static inline op_data op_data_make(const ggml_rwkv_ms_params & p, bool features,
 
     op_data res = { p, {}, {}, {}, {} };
 
+    const float fan_in = std::sqrt(8.0f / std::max(8, D)); // sums over more values of smaller products
+
+
     const int n_x = features ? 9 * D : D + (p.couple_lambda ? 1 : 2) * p.n_gate;
     for (int i = 0; i < n_x * n_tokens; ++i) {
         res.x.push_back(features ? unit(rng) - (i % n_x < D ? 0.5f : 0.0f) : normal(rng));
     }
     if (!features) {
         for (int64_t i = 0; i < ggml_rwkv_ms_n_weight(&p); ++i) {
-            res.weights.push_back(normal(rng));
+            res.weights.push_back(fan_in * normal(rng));
         }
     }
     const int64_t n_cell = ggml_rwkv_ms_n_cell(&p);
@@ -154,6 +158,8 @@ static inline std::vector<std::pair<const char *, ggml_rwkv_ms_params>> op_shape
         { "rank 4, 2 states", with([](auto & p) { p.n_rank = 4, p.n_gate = 4, p.n_state = 2, p.n_chunk = 1; }) },
         { "rank 16, 8 states", with([](auto & p) { p.n_rank = 16, p.n_gate = 16, p.n_state = 8, p.n_lora = 40; }) },
         { "rank 16, 4 heads", with([](auto & p) { p.n_rank = 16, p.n_head = 4, p.n_gate = 64, p.n_state = 2; }) },
+        { "rank 16, 12 heads", with([](auto & p) { p.n_rank = 16, p.n_head = 12, p.n_gate = 12, p.n_state = 8; }) },
+        { "rank 8, 16 heads", with([](auto & p) { p.n_head = 16, p.n_gate = 16, p.n_state = 16; }) },
         { "rank 8, 7 states", with([](auto & p) { p.n_state = 7, p.n_chunk = 2; }) },
         { "rank 8, 1 state", with([](auto & p) { p.n_state = 1; }) },
     };

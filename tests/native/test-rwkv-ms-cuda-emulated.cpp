@@ -4,6 +4,7 @@
 // usage: test-rwkv-ms-cuda-emulated
 
 #define GGML_RWKV_MS_EMULATE_CUDA
+#define RWKV_MS_MAX_WORK (64 * rwkv_ms_n_work(p) * (int64_t) sizeof(float)) // 64 tokens at once
 
 #include "op-data.h"
 #include "testing.h"
@@ -21,6 +22,7 @@
 
 #define __device__
 #define __global__
+#define __launch_bounds__(...)
 
 struct emu_dim {
     int x, y;
@@ -192,7 +194,7 @@ static bool emu_launch(rwkv_ms_kernel kernel, const rwkv_ms_args & a, int64_t n_
 
 // the same by the kernels
 static bool run_cuda(op_data & d, int64_t t0, int64_t n, std::vector<float> & res) {
-    std::vector<float> work(rwkv_ms_is_fused(n) ? 0 : n * rwkv_ms_n_work(d.p), NAN);
+    std::vector<float> work(rwkv_ms_is_fused(n) ? 0 : rwkv_ms_n_piece(d.p, n) * rwkv_ms_n_work(d.p), NAN);
     std::vector<float> dst(n * d.n_dst(), NAN);
 
     rwkv_ms_args a = {};
@@ -265,7 +267,7 @@ static void test_large_weights() {
     for (const auto & shape : op_shapes()) {
         double apart = 0.0;
         double own   = 0.0;
-        for (int seed = 1; seed <= 5; ++seed) {
+        for (int seed = 1; seed <= 3; ++seed) {
             const op_data      data   = op_data_make(shape.second, false, 2, 37, seed, 0.5f);
             op_data            cpu    = data;
             op_data            cuda   = data;

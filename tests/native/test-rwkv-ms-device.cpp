@@ -292,6 +292,22 @@ static void test_estimates(const char * path, const char * path_sidecar) {
     }
 }
 
+static void test_split_mode(const char * path, const char * path_sidecar) {
+    ggml_backend_dev_t devices[] = { &device, nullptr };
+
+    auto params         = llama_model_default_params();
+    params.devices      = devices;
+    params.n_gpu_layers = 99;
+    params.split_mode   = LLAMA_SPLIT_MODE_TENSOR;
+
+    model_ptr model{ llama_model_load_from_file(path, params) };
+    CHECK(model);
+
+    char err[256];
+    CHECK(!llama_model_load_rwkv_ms(model.get(), path_sidecar, path, LLAMA_RWKV_MS_MODE_BATCHED, err, sizeof(err)));
+    CHECK(strstr(err, path_sidecar) && strstr(err, "--split-mode layer"));
+}
+
 int main() {
     const char * path         = LLAMAMEM_TEST_DATA "/model_a/model-f32.gguf";
     const char * path_sidecar = LLAMAMEM_TEST_DATA "/model_a/sidecar-v1.gguf";
@@ -301,6 +317,7 @@ int main() {
 
     const int res = run_tests({
             { "device", [&] { test_device(path, path_sidecar); } },
+            { "split mode", [&] { test_split_mode(path, path_sidecar); } },
             { "estimates", [&] { test_estimates(path, path_sidecar); } },
     });
     ggml_backend_free(device_cpu);
