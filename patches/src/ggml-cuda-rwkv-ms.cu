@@ -1,6 +1,5 @@
 #include "ggml-cuda-rwkv-ms.h"
 
-#include "ggml-cuda/common.cuh"
 #include "ggml-cuda-rwkv-ms-kernels.cuh"
 
 static ggml_rwkv_ms_params rwkv_ms_params_of(const ggml_tensor * dst) {

@@ -59,6 +59,7 @@ ggml_tensor * llama_rwkv_ms_build_core(
         ggml_tensor *               state,
         ggml_tensor *               ids) {
     ggml_tensor * x = ggml_mul_mat(ctx, layer.in, h); // [D + G (+ G), n_tokens]
+    ggml_prec_set_src(x, GGML_PREC_F32, 1);           // whatever the number of tokens
 
     return ggml_rwkv_ms(ctx, x, layer.core, state, ids, &params); // [D, n_tokens]
 }
