@@ -1,4 +1,4 @@
-"""`llamamem parity` and `llamamem bench` as a user calls them."""
+"""`llamamem parity`, `llamamem bench` and `llamamem doctor` as a user calls them."""
 
 from __future__ import annotations
 
@@ -89,3 +89,31 @@ def test_bench_reports_ratios(cli: Any, base: Path, sidecars: dict[str, Path]) -
     table = cli("bench", *arguments)
     assert table.returncode == 0, table.stderr
     assert "decode" in table.stdout
+
+
+def test_bench_profiles_the_op(cli: Any, base: Path, sidecars: dict[str, Path]) -> None:
+    args = ("--model", base, "--sidecar", sidecars["v1"], "--prompt", "32", "--gen", "4", "--repeat", "2", "--profile")
+    done = cli("bench", *args, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["profile"]
+    assert result["devices"] == ["CPU"]
+    for phase, n_tokens in (("prefill", 32), ("decode", 4)):
+        found = result[phase]
+        assert (found["n_tokens"], found["n_layers"]) == (n_tokens, 6)
+        assert 0 < found["op"] < found["op"] + found["deltas"] < found["nodes"]
+        assert found["op_us_per_token_layer"] == pytest.approx(found["op"] / n_tokens / 6 * 1e6)
+        assert found["op_share"] == pytest.approx(found["op"] / found["nodes"])
+    printed = cli("bench", *args)
+    assert "us a token and layer" in printed.stdout and "memory on CPU" in printed.stdout
+
+
+def test_bench_profiles_nothing_without_a_memory(cli: Any, base: Path) -> None:
+    done = cli("bench", "--model", base, "--profile")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "--profile" in done.stderr and "--sidecar" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_doctor_says_where_a_memory_lies(cli: Any) -> None:
+    done = cli("doctor", "--json")
+    found = {check["id"]: check for check in json.loads(done.stdout)["checks"]}["memory"]
+    assert found["ok"] and found["detail"] == "6 layers of the demo model: states on CPU"
