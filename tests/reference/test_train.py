@@ -178,3 +178,18 @@ def test_the_command(llamamem: Callable[..., Any], base: Path, tmp_path: Path) -
     bad = llamamem("train", "--base", base, "--output", tmp_path / "x", "--layers", "0,99")
     assert bad.status == 2 and "99" in bad.err
     assert llamamem("train", "--base", tmp_path, "--smoke").status == 2
+
+
+def test_weight_decay_is_of_matrices_alone(request_: train_run.Request) -> None:
+    def after_a_step(weight_decay: float) -> tuple[dict[str, torch.Tensor], float]:
+        trainer = train_run._trainer(replace(request_, weight_decay=weight_decay), None)
+        trainer.train_step()
+        named = dict(trainer.handle.layers.named_parameters())
+        return {name: p.detach().clone() for name, p in named.items()}, trainer.optimizer.param_groups[0]["lr"]
+
+    (without, lr), (decayed, _) = after_a_step(0.0), after_a_step(0.5)
+    start = dict(train_run._trainer(request_, None).handle.layers.named_parameters())
+    for name, p in without.items():
+        trained = not torch.equal(p, start[name])  # what is read by nothing has no gradient
+        expected = p - lr * 0.5 * start[name].detach() if trained and p.ndim > 1 else p
+        torch.testing.assert_close(decayed[name], expected, rtol=1e-6, atol=1e-8)
