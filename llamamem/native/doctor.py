@@ -150,7 +150,9 @@ def _memory() -> Finding:
         context.feed([0])
         written = sum(state.n for state in context.states())
         layers = f"{len(model.layers)} layers of the demo model"
-        return Finding("memory", written == len(model.layers), f"{layers}: states on {', '.join(context.devices)}")
+        where = f"{layers}: states on {', '.join(context.devices)}"
+        hint = "a token was not written to each of them: run `llamamem build --force`"
+        return Finding("memory", written == len(model.layers), where, hint)
 
 
 def _cuda() -> Finding:

@@ -36,7 +36,7 @@ static inline op_data op_data_make(const ggml_rwkv_ms_params & p, bool features,
 
     op_data res = { p, {}, {}, {}, {} };
 
-    const float fan_in = std::sqrt(8.0f / std::max(8, D)); // sums over more values of smaller products
+    const float fan_in = std::sqrt(24.0f / std::max(24, D)); // of many values, smaller products
 
 
     const int n_x = features ? 9 * D : D + (p.couple_lambda ? 1 : 2) * p.n_gate;
