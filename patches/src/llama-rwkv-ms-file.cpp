@@ -66,6 +66,31 @@ static bool rwkv_ms_file_replace(const std::string & from, const std::string & t
 #endif
 }
 
+std::vector<uint8_t> llama_rwkv_ms_file_pack(uint32_t magic, uint32_t version, const llama_token * tokens, size_t n_tokens, const std::vector<uint8_t> & state) {
+    const uint32_t head[3] = { magic, version, (uint32_t) n_tokens };
+
+    std::vector<uint8_t> res;
+
+    const auto write = [&](const void * data, size_t size) {
+        res.insert(res.end(), (const uint8_t *) data, (const uint8_t *) data + size);
+    };
+
+    write(head, sizeof(head));
+    write(tokens, n_tokens * sizeof(llama_token));
+    write(state.data(), state.size());
+
+    rwkv_ms_trailer trailer = {};
+    memcpy(trailer.magic, "RMVE", sizeof(trailer.magic));
+    trailer.version = RWKV_MS_TRAILER_VERSION;
+    trailer.n_bytes = res.size();
+
+    const auto digest = llama_rwkv_ms_sha256::hash(res.data(), res.size());
+    memcpy(trailer.hash, digest.data(), sizeof(trailer.hash));
+
+    write(&trailer, sizeof(trailer));
+    return res;
+}
+
 size_t llama_rwkv_ms_file_write(
         const std::string &          path,
         uint32_t                     magic,
@@ -73,20 +98,7 @@ size_t llama_rwkv_ms_file_write(
         const llama_token *          tokens,
         size_t                       n_tokens,
         const std::vector<uint8_t> & state) {
-    const uint32_t head[3] = { magic, version, (uint32_t) n_tokens };
-
-    rwkv_ms_trailer trailer = {};
-    memcpy(trailer.magic, "RMVE", sizeof(trailer.magic));
-    trailer.version = RWKV_MS_TRAILER_VERSION;
-    trailer.n_bytes = sizeof(head) + n_tokens * sizeof(llama_token) + state.size();
-
-    llama_rwkv_ms_sha256 hash;
-    hash.update(head, sizeof(head));
-    hash.update(tokens, n_tokens * sizeof(llama_token));
-    hash.update(state.data(), state.size());
-
-    const auto digest = hash.final();
-    memcpy(trailer.hash, digest.data(), sizeof(trailer.hash));
+    const auto data = llama_rwkv_ms_file_pack(magic, version, tokens, n_tokens, state);
 
 #if defined(_WIN32)
     const std::string part = path + "." + std::to_string(_getpid()) + ".part";
@@ -96,12 +108,7 @@ size_t llama_rwkv_ms_file_write(
 
     rwkv_ms_file_ptr file(ggml_fopen(part.c_str(), "wb"));
 
-    const auto write = [&](const void * data, size_t size) {
-        return size == 0 || fwrite(data, 1, size, file.get()) == size;
-    };
-
-    const bool ok = file && write(head, sizeof(head)) && write(tokens, n_tokens * sizeof(llama_token)) &&
-            write(state.data(), state.size()) && write(&trailer, sizeof(trailer)) && rwkv_ms_file_sync(file.get());
+    const bool ok = file && fwrite(data.data(), 1, data.size(), file.get()) == data.size() && rwkv_ms_file_sync(file.get());
 
     const int err = errno;
     file.reset();
@@ -111,7 +118,7 @@ size_t llama_rwkv_ms_file_write(
         remove(part.c_str());
         llama_rwkv_ms_state_fail("state-unwritable", "'%s' cannot be written: %s", path.c_str(), what.c_str());
     }
-    return trailer.n_bytes + sizeof(trailer);
+    return data.size();
 }
 
 static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
@@ -132,19 +139,23 @@ static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
 }
 
 llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version) {
+    return llama_rwkv_ms_file_parse(rwkv_ms_file_load(path), "'" + path + "'", magic, version);
+}
+
+llama_rwkv_ms_file llama_rwkv_ms_file_parse(std::vector<uint8_t> data, const std::string & name, uint32_t magic, uint32_t version) {
     llama_rwkv_ms_file res;
 
-    res.data = rwkv_ms_file_load(path);
+    res.data = std::move(data);
 
     uint32_t head[3] = {};
     memcpy(head, res.data.data(), std::min(res.data.size(), sizeof(head)));
 
     if (res.data.size() >= 8 && (head[0] != magic || head[1] != version)) {
-        llama_rwkv_ms_state_fail("state-format", "'%s' is not a state file of this kind: it begins with %08x %u, expected %08x %u",
-                path.c_str(), head[0], head[1], magic, version);
+        llama_rwkv_ms_state_fail("state-format", "%s is not a state file of this kind: it begins with %08x %u, expected %08x %u",
+                name.c_str(), head[0], head[1], magic, version);
     }
     if (res.data.size() < sizeof(head) || head[2] > (res.data.size() - sizeof(head)) / sizeof(llama_token)) {
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' ends within its tokens: save it again", path.c_str());
+        llama_rwkv_ms_state_fail("state-truncated", "%s ends within its tokens: save it again", name.c_str());
     }
 
     res.i_state = sizeof(head) + head[2] * sizeof(llama_token);
@@ -159,22 +170,22 @@ llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t ma
         // one that was saved without a memory has no trailer; in that of a whole context the architecture comes first
         const std::string text(res.data.begin() + res.i_state, res.data.begin() + std::min(res.data.size(), res.i_state + 64));
         if (text.size() == 64 && text.find("RMVS") == std::string::npos) {
-            llama_rwkv_ms_state_fail("state-no-memory", "'%s' has no memory in it: it was saved without a sidecar", path.c_str());
+            llama_rwkv_ms_state_fail("state-no-memory", "%s has no memory in it: it was saved without a sidecar", name.c_str());
         }
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' does not end with its trailer: it is cut, or something was added", path.c_str());
+        llama_rwkv_ms_state_fail("state-truncated", "%s does not end with its trailer: it is cut, or something was added", name.c_str());
     }
     if (trailer.version != RWKV_MS_TRAILER_VERSION) {
-        llama_rwkv_ms_state_fail("state-version", "'%s' has a trailer of version %u, this build reads %u", path.c_str(), trailer.version,
+        llama_rwkv_ms_state_fail("state-version", "%s has a trailer of version %u, this build reads %u", name.c_str(), trailer.version,
                 RWKV_MS_TRAILER_VERSION);
     }
     if (trailer.n_bytes != res.data.size() - sizeof(trailer)) {
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' has %zu bytes before its trailer, which says %llu", path.c_str(),
+        llama_rwkv_ms_state_fail("state-truncated", "%s has %zu bytes before its trailer, which says %llu", name.c_str(),
                 res.data.size() - sizeof(trailer), (unsigned long long) trailer.n_bytes);
     }
 
     const auto digest = llama_rwkv_ms_sha256::hash(res.data.data(), trailer.n_bytes);
     if (memcmp(digest.data(), trailer.hash, sizeof(trailer.hash)) != 0) {
-        llama_rwkv_ms_state_fail("state-checksum", "'%s' does not have its checksum: the file is damaged", path.c_str());
+        llama_rwkv_ms_state_fail("state-checksum", "%s does not have its checksum: the file is damaged", name.c_str());
     }
 
     res.n_state = trailer.n_bytes - res.i_state;
