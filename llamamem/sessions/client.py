@@ -207,11 +207,18 @@ class Sessions:
     def _goes_on(self, name: str, slot: int, served: Served, force: bool) -> tuple[Session, Point | None]:
         """The version that a save of this slot replaces, and where the slot must have gone on from."""
         noted = resumed.noted(self._server, slot)
-        if noted is not None and (noted.run or served.run) != (served.run or noted.run):
-            noted = None  # of an earlier server at this address
+        again = noted is not None and (noted.run or served.run) != (served.run or noted.run)
         if not force and noted and (noted.store, noted.session.name) == (self.store.location, name):
-            self._check_given(name, slot, noted)
+            if again or not self._is_given(slot):
+                raise LlamamemError(
+                    f"session {name!r}: [state-continues] slot {slot} was reset since it was resumed, or the server"
+                    " started again; nothing was saved; resume the session again, or save what the slot holds with"
+                    " --force",
+                    reason="state-continues",
+                )
             return noted.session, noted.point
+        if again:
+            noted = None
         session, state = self.store.load(name)
         if force:
             return session, None
@@ -223,15 +230,11 @@ class Sessions:
             " save what the slot holds with --force"
         )
 
-    def _check_given(self, name: str, slot: int, noted: Resumed) -> None:
-        """A slot of a server that was started again was given nothing, and looks like one given an empty memory."""
+    def _is_given(self, slot: int) -> bool:
+        """What was resumed gave the slot a memory. In a server that was started again it has none, and would look like
+        one that was given an empty one."""
         state = next((entry.get("rwkv_ms") for entry in self.client.slots() if entry.get("id") == slot), None) or {}
-        if state.get("given") is False:
-            raise LlamamemError(
-                f"session {name!r}: [state-continues] slot {slot} was reset since it was resumed, or the server started"
-                " again; nothing was saved; resume the session again, or save what the slot holds with --force",
-                reason="state-continues",
-            )
+        return state.get("given") is not False
 
     def _note(self, slot: int, served: Served, session: Session, point: Point) -> None:
         resumed.note(

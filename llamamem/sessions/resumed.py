@@ -126,7 +126,7 @@ def _is_left(path: Path) -> bool:
     match = _OURS.fullmatch(path.name)
     if match is None or not path.is_file() or time.time() - path.lstat().st_mtime < _LEFT:
         return False
-    pid = match["pid"]
+    pid = match["pid"] or match["server"]
     return pid is None or not psutil.pid_exists(int(pid))
 
 
