@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from llamamem.errors import LlamamemError
 from llamamem.formats.state import Identity, State, decode_state, encode_state, origin_sha256
 from llamamem.serving.client import Client, decoded_memory, encoded_memory
+from llamamem.serving.slots import held
 from llamamem.sessions import resumed
 from llamamem.sessions.resumed import Point, Resumed
 from llamamem.sessions.session import Memory, Missing, Session, SessionStore
@@ -251,7 +252,7 @@ class Sessions:
     @contextlib.contextmanager
     def _held(self, slot: int) -> Iterator[None]:
         try:
-            with resumed.held(self._server, slot, self.wait):
+            with held(self._server, slot, self.wait):
                 yield
         except OSError as e:
             raise LlamamemError(

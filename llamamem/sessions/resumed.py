@@ -10,18 +10,17 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 import psutil
 from pydantic import BaseModel, ValidationError
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.private import private_directory, replace_private
+from llamamem.formats.private import replace_private
 from llamamem.formats.run import state_dir
 from llamamem.serving.client import Client
 from llamamem.serving.runs import live_runs
+from llamamem.serving.slots import slot_key
 from llamamem.sessions.session import Session
 
 NO_TEXT = hashlib.sha256(b"").hexdigest()
@@ -52,23 +51,12 @@ class Resumed(BaseModel):
     point: Point
 
 
-@contextlib.contextmanager
-def held(server: str, slot: int, wait: float) -> Iterator[None]:
-    """Keeps other processes of this user off what is noted of the slot."""
-    # shared by the slots whose names hash alike, so that they need not be removed
-    lock = _directory() / f"{_name(server, slot)[:2]}.lock"
-    try:
-        with filelock.FileLock(lock, timeout=wait):
-            yield
-    except filelock.Timeout:
-        raise LlamamemError(f"slot {slot}: another process was at it for {wait:g} s; take another slot") from None
-
-
 def noted(server: str, slot: int) -> Resumed | None:
     return _read(_path(server, slot))
 
 
 def note(resumed: Resumed) -> None:
+    """The caller holds the slot."""
     replace_private(_path(resumed.server, resumed.slot), resumed.model_dump_json().encode())
 
 
@@ -149,15 +137,5 @@ def _read(path: Path) -> Resumed | None:
         return None
 
 
-def _directory() -> Path:
-    directory = state_dir() / "resumed"
-    private_directory(directory)
-    return directory
-
-
 def _path(server: str, slot: int) -> Path:
-    return state_dir() / "resumed" / f"{_name(server, slot)}.json"
-
-
-def _name(server: str, slot: int) -> str:
-    return hashlib.sha256(f"{server} {slot}".encode()).hexdigest()
+    return state_dir() / "resumed" / f"{slot_key(server, slot)}.json"

@@ -14,6 +14,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.run import state_dir
 from llamamem.formats.state import Identity, encode_state
 from llamamem.serving.client import Client
+from llamamem.serving.slots import held
 from llamamem.sessions import Conflict, DirectoryStore, Memory, Sessions, SessionStore, resumed
 
 MakeMemory = Callable[..., Memory]
@@ -317,7 +318,7 @@ def test_a_refused_resume_is_no_resume(sessions: Sessions, server: FakeServer) -
 def test_a_slot_that_another_process_is_at_is_waited_for_and_given_up(sessions: Sessions, server: FakeServer) -> None:
     sessions.start("alice")
     sessions.wait = 0.1
-    with resumed.held(server.url, 0, 1):
+    with held(server.url, 0, 1):
         with pytest.raises(LlamamemError, match="slot 0: another process"):
             sessions.resume("alice", 0)
         sessions.resume("alice", 1)
