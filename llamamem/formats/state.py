@@ -56,12 +56,15 @@ __all__ = [
     "Identity",
     "Setting",
     "State",
+    "decode_state",
     "encode_state",
     "identity_of",
+    "origin_sha256",
     "read_state",
     "write_state",
 ]
 
+_VALUES = 12 + 320  # bytes before the values of a memory alone: the heads of file and block
 _MAX_LAPS = 1 << 24  # f32 counts no further by ones
 _MAX_PERIOD = _MAX_STATE = 1 << 24  # as a sidecar's
 _SETTING = struct.Struct("<fIQ")
@@ -190,6 +193,23 @@ def read_state(
     except LlamamemError as e:
         raise _of_file(path, e) from None
     return replace(state, path=path)
+
+
+def decode_state(data: bytes, *, identity: Identity | None = None) -> State:
+    """The same checks of the bytes of a file of kind 4, a memory alone, that came some other way."""
+    try:
+        return _check(read_raw(io.BytesIO(data), len(data)), None, identity, (MEMORY,))
+    except LlamamemError as e:
+        raise LlamamemError(f"[{e.reason}] {e}", reason=e.reason) from None
+
+
+def origin_sha256(data: bytes) -> str | None:
+    """What a server calls the memory of such a file, of which a text begins: the hash of its values alone.
+
+    None for the empty memory. `data` is that of a file that was checked.
+    """
+    values = data[_VALUES : -TRAILER.size]
+    return hashlib.sha256(values).hexdigest() if any(values) else None
 
 
 def write_state(path: str | Path, state: State) -> State:

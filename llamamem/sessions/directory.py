@@ -1,4 +1,4 @@
-"""Sessions in a directory: one JSON of metadata and one state file each.
+"""Sessions in a directory: one JSON of metadata, a state file, and that of the generation before.
 
     <key>.json                     the metadata; <key> is the SHA-256 of the name, whatever characters it has
     <key>-<generation>.state       the memory of that generation, as the server wrote it
@@ -7,6 +7,7 @@
 
 A save writes the next state beside the old one. What commits it is the rename of the metadata: a crash before leaves
 the old session, a crash after leaves the new one; the state that is too many is swept by the session's next save.
+Only what is about all sessions, or removes one, looks through the whole directory, and does so once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
+import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +26,13 @@ from pathlib import Path
 import filelock
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.private import flush_directory, private_directory, replace_private
 from llamamem.sessions.session import (
+    MISSING,
+    WRONG_LENGTH,
     Damaged,
     Entry,
+    Generation,
     Memory,
     Missing,
     Session,
@@ -37,10 +45,12 @@ from llamamem.sessions.session import (
     now,
     read_session,
     taken,
+    undone,
 )
 
-_FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(?P<kind>\.json|-[0-9]+\.state)(?(part)\.part)")
+_FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(?P<kind>\.json|-(?P<generation>[0-9]+)\.state)(?(part)\.part)")
 _LOCK_TIMEOUT = 60.0  # seconds; a change takes milliseconds
+_LEFT = 60.0  # seconds, after which a half-written file is one that a killed process left
 
 
 class DirectoryStore:
@@ -59,7 +69,7 @@ class DirectoryStore:
         source, state = self.load(from_) if from_ is not None else (None, None)
         session = new_session(name, source)
         with self._change(key, make=True):
-            if self._files(key):
+            if any(os.path.lexists(path) for path in (self._json(key), self._state_path(key, session))):
                 self._read(key, name)  # raises when it is damaged
                 raise taken(name, self.location)
             with self._room_for(len(state or b"")):
@@ -68,11 +78,17 @@ class DirectoryStore:
 
     def load(self, name: str) -> tuple[Session, bytes | None]:
         key = _key(check_name(name))
-        with self._change(key):
-            session, state = self._read(key, name)
-            session = session.model_copy(update={"used": now()})
-            self._write(key, session, None)
-        return session, state
+        with self._reported():
+            try:
+                with self._locked(key):
+                    session, state = self._read(key, name)
+                    session = session.model_copy(update={"used": now()})
+                    self._write(key, session, None)
+                    return session, state
+            except filelock.Timeout:
+                raise
+            except OSError:  # on a full or read-only disk, the time of its use is all that is lost
+                return self._read(key, name)
 
     def save(self, session: Session, memory: Memory) -> Session:
         key = _key(check_name(session.name))
@@ -84,56 +100,113 @@ class DirectoryStore:
             self._sweep(key, saved)
         return saved
 
-    def entries(self) -> list[Entry]:
-        return sorted((entry for _, entry in self._each()), key=lambda entry: entry.label)
+    def undo(self, name: str) -> Session:
+        key = _key(check_name(name))
+        with self._change(key):
+            found, state = self._read(key, name)
+            saved = undone(found, self.location)
+            assert found.before is not None
+            try:
+                before = self._state(key, found.before)
+            except Damaged as e:
+                raise LlamamemError(
+                    f"session {name!r} in {self.location}: generation {found.before.generation} cannot be brought back:"
+                    f" {e}; generation {found.generation} stays"
+                ) from None
+            with self._room_for(len(before or b"") - len(state or b"")):
+                self._write(key, saved, before)
+            self._sweep(key, saved)
+        return saved
+
+    def entries(self, *, after: str | None = None, limit: int | None = None, verify: bool = False) -> list[Entry]:
+        with self._reported():
+            keys = sorted(self._found())
+        if after is not None:
+            json = Path(after)
+            of_file = json.stem if json == self._json(json.stem) else None
+            keys = keys[bisect_right(keys, of_file or _key(after)) :]
+        entries: list[Entry] = []
+        for key in keys:
+            if limit is not None and len(entries) >= limit:
+                break
+            if (entry := self._entry(key, verify)) is not None:
+                entries.append(entry)
+        return entries if after is not None or limit is not None else sorted(entries, key=lambda entry: entry.label)
+
+    def names(self, start: str, limit: int) -> list[str]:
+        found: list[str] = []
+        with self._reported():
+            keys = self._found()
+        for key in keys:
+            with contextlib.suppress(Damaged):
+                if len(found) < limit and (name := self._session(key).name).startswith(start):
+                    found.append(name)
+        return sorted(found)
 
     def remove(self, name: str) -> None:
         key = _key(check_name(name))
         with self._change(key):
-            if not self._files(key):
+            found = self._found(parts=True)
+            if not any(_is_whole(path) for path in found.get(key, [])):
                 raise Missing(name, self.location)
-            self._remove(key)
+            self._remove(found.pop(key))
+            self._sweep_parts(found)
 
     def prune(self, older_than: timedelta) -> list[str]:
         limit = now() - older_than
         removed = []
+
+        def is_old(entry: Entry | None) -> bool:
+            return bool(entry and entry.session and entry.fault is None and entry.session.used < limit)
+
         with self._reported():
-            for key, entry in self._each():
-                if entry.session and entry.fault is None and entry.session.used < limit:
-                    self._remove(key)
-                    removed.append(entry.label)
+            found = self._found(parts=True)
+            for key, paths in found.items():
+                if not any(map(_is_whole, paths)) or not is_old(self._look(key, verify=False)):
+                    continue
+                with self._change(key):
+                    entry = self._look(key, verify=True)  # it may have been used by now
+                    if entry is not None and is_old(entry):
+                        self._remove(paths)
+                        removed.append(entry.label)
+            self._sweep_parts(found)
         return sorted(removed)
 
     def total_bytes(self) -> int:
         with self._reported():
-            return sum(path.stat().st_size for path in self._files() if path.suffix == ".state")
+            newest = (max(paths, key=_generation) for paths in self._found().values())
+            return sum(path.stat().st_size for path in newest if path.suffix == ".state")
 
-    def _each(self) -> Iterator[tuple[str, Entry]]:
-        """The sessions one by one, each locked while the caller has it."""
-        with self._reported():
-            keys = {path.name[:64] for path in self._files()}
-        for key in keys:
-            with self._change(key):
-                if self._files(key):  # it may be gone by now
-                    yield key, self._entry(key)
+    def _entry(self, key: str, verify: bool) -> Entry | None:
+        entry = self._look(key, verify)
+        if entry is not None and entry.fault is not None:
+            with contextlib.suppress(OSError), self._locked(key):  # not in the middle of a change, if one can wait
+                entry = self._look(key, verify)
+        return entry
 
-    def _entry(self, key: str) -> Entry:
+    def _look(self, key: str, verify: bool) -> Entry | None:
+        """None: it is gone by now."""
         label, session = str(self._json(key)), None
         try:
             session = self._session(key)
             label = session.name
-            self._state(key, session)
+            if verify:
+                self._state(key, session)
+            else:
+                self._check_length(key, session)
         except Damaged as e:
+            if session is None and not self._json(key).exists() and key not in self._found():
+                return None
             return Entry(label, session, str(e))
         return Entry(label, session)
 
     def _read(self, key: str, name: str) -> tuple[Session, bytes | None]:
-        if not self._files(key):
-            raise Missing(name, self.location)
         try:
             session = self._session(key)
             return session, self._state(key, session)
         except Damaged as e:
+            if not os.path.lexists(self._json(key)) and key not in self._found():
+                raise Missing(name, self.location) from None
             raise damaged(name, self.location, e) from None
 
     def _session(self, key: str) -> Session:
@@ -147,7 +220,7 @@ class DirectoryStore:
             raise Damaged(f"its metadata is that of {session.name!r}")
         return session
 
-    def _state(self, key: str, session: Session) -> bytes | None:
+    def _state(self, key: str, session: Generation) -> bytes | None:
         state = None
         try:
             if session.state_sha256 is not None:
@@ -159,46 +232,71 @@ class DirectoryStore:
         check_state(session, state)
         return state
 
+    def _check_length(self, key: str, session: Generation) -> None:
+        """What can be seen of a state without reading it."""
+        if session.state_sha256 is None:
+            return
+        try:
+            found = self._state_path(key, session).stat()
+        except OSError:
+            raise Damaged(MISSING) from None
+        if not stat.S_ISREG(found.st_mode):
+            raise Damaged("its state cannot be read (it is not a file)")
+        if found.st_size != session.n_bytes:
+            raise Damaged(WRONG_LENGTH)
+
     def _write(self, key: str, session: Session, state: bytes | None) -> None:
         if state is not None:
-            _replace(self._state_path(key, session), state)
-        _replace(self._json(key), session.model_dump_json(indent=1).encode() + b"\n")
+            replace_private(self._state_path(key, session), state)
+        replace_private(self._json(key), session.model_dump_json(indent=1).encode() + b"\n")
 
     def _sweep(self, key: str, session: Session) -> None:
-        """Removes what is not of this version. A failure leaves a file for the next change."""
-        for path in set(self._files(key, parts=True)) - {self._json(key), self._state_path(key, session)}:
+        """Removes the state that is no longer kept, and one that a crash kept from that. A failure leaves a file."""
+        for number in range(max(0, session.generation - 3), session.generation - 1):
             with contextlib.suppress(OSError):
-                path.unlink()
+                (self.path / f"{key}-{number}.state").unlink(missing_ok=True)
 
-    def _remove(self, key: str) -> None:
-        for path in self._files(key, parts=True):  # the metadata first: without it nothing can be resumed
+    def _sweep_parts(self, found: dict[str, list[Path]]) -> None:
+        for path in (path for paths in found.values() for path in paths if not _is_whole(path)):
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_mtime > _LEFT:
+                    path.unlink()
+
+    def _remove(self, paths: list[Path]) -> None:
+        for path in sorted(paths, key=lambda path: path.suffix == ".json"):  # last what names the memory
             path.unlink(missing_ok=True)
-        _flush_directory(self.path)
+        flush_directory(self.path)
 
-    def _files(self, key: str = "", *, parts: bool = False) -> list[Path]:
-        """Of one session or of all, metadata first; `parts` adds what a crash left of a file that was being written."""
-        try:
-            names = [_FILE.fullmatch(name) for name in os.listdir(self.path)]
-        except FileNotFoundError:
-            return []
-        found = [m for m in names if m and m["key"].startswith(key) and (parts or not m["part"])]
-        return [self.path / m[0] for m in sorted(found, key=lambda m: (m["kind"] != ".json", m[0]))]
+    def _found(self, *, parts: bool = False) -> dict[str, list[Path]]:
+        """The files by key; `parts` adds what a crash left of a file that was being written."""
+        found: dict[str, list[Path]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.path):
+                match = _FILE.fullmatch(name)
+                if match and (parts or not match["part"]):
+                    found.setdefault(match["key"], []).append(self.path / name)
+        return found
 
     def _json(self, key: str) -> Path:
         return self.path / f"{key}.json"
 
-    def _state_path(self, key: str, session: Session) -> Path:
+    def _state_path(self, key: str, session: Generation) -> Path:
         return self.path / f"{key}-{session.generation}.state"
 
     @contextlib.contextmanager
     def _change(self, key: str, *, make: bool = False) -> Iterator[None]:
-        # Locks are shared by the sessions whose keys start alike. They are never removed: a lock file that is removed
-        # while another process waits for it would be held twice.
         with self._reported():
             if make:
-                self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._lock(key[:2]) if self.path.exists() else contextlib.nullcontext():
+                private_directory(self.path)
+            with self._locked(key):
                 yield
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        # Locks are shared by the sessions whose keys start alike. They are never removed: a lock file that is removed
+        # while another process waits for it would be held twice.
+        with self._lock(key[:2]) if self.path.exists() else contextlib.nullcontext():
+            yield
 
     @contextlib.contextmanager
     def _room_for(self, more: int) -> Iterator[None]:
@@ -211,7 +309,7 @@ class DirectoryStore:
 
     def _lock(self, name: str) -> filelock.BaseFileLock:
         folder = self.path / "locks"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, mode=0o700)
         return filelock.FileLock(folder / f"{name}.lock", timeout=_LOCK_TIMEOUT)
 
     @contextlib.contextmanager
@@ -233,26 +331,10 @@ def _key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Readable by the owner alone: what somebody said may be read out of a memory."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    _flush_directory(path.parent)
+def _is_whole(path: Path) -> bool:
+    return not path.name.startswith(".")
 
 
-def _flush_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _generation(path: Path) -> int:
+    match = _FILE.fullmatch(path.name)
+    return -1 if match is None or match["generation"] is None else int(match["generation"])

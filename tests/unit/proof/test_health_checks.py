@@ -17,8 +17,7 @@ from lying_server import LyingServer, Refused
 from llamamem.errors import LlamamemError
 from llamamem.formats.health import CHECK_IDS, HealthReport
 from llamamem.proof.health import Target, check_health
-from llamamem.serving.client import Client
-from llamamem.sessions import Sessions, open_store
+from llamamem.serving.slots import held
 
 Start = Callable[..., tuple[LyingServer, Target]]
 
@@ -27,6 +26,7 @@ Start = Callable[..., tuple[LyingServer, Target]]
 def start(tmp_path: Path, model_a: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """`start("a lie", profile="fused")`: a server, and what its run record would say."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr("llamamem.proof.health.log._LATE", 0.2)
     with ExitStack() as stack:
 
@@ -344,13 +344,11 @@ def test_a_slot_that_cannot_be_put_back_is_a_failure(start: Start, monkeypatch: 
 
 def test_a_session_that_is_at_work_in_the_slot_is_left_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     server, target = start()
-    monkeypatch.setattr("llamamem.proof.health.table._SLOT_WAIT", 0.05)
-    with Client(server.url) as client:
-        sessions = Sessions(client, open_store(str(server.slot_dir.parent / "store")), server.slot_dir)
-        with sessions._held(0):
-            report = check_health(target)
-            assert "held by `llamamem session`" in detail(report, "causal")
-            assert "/completion" not in server.asked and "/v1/chat/completions" not in server.asked
+    monkeypatch.setattr("llamamem.proof.health.kept._WAIT", 0.05)
+    with held(server.url, 0, 1):
+        report = check_health(target)
+        assert "slot 0: another process was at it" in detail(report, "causal")
+        assert "/completion" not in server.asked
     assert check_health(target).ok
 
 
