@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from entitled.memory import HEAD, Memory, Setting, text_hash
+from entitled.memory import EMPTY, HEAD, PLAIN, Memory, Setting, text_hash
 from entitled.wire import NoAnswer, Reply
 
 from llamamem.errors import LlamamemError
@@ -96,14 +96,14 @@ def mixed(state: int, token: int) -> int:
 class Text:
     """Tokens, on an origin, under a setting; the state after each of them."""
 
-    origin: Memory = Memory()
-    setting: Setting = Setting()
+    origin: Memory = EMPTY
+    setting: Setting = PLAIN
     ids: tuple[int, ...] = ()
     points: tuple[Point, ...] = ()
 
     def memory(self) -> Memory:
         """The origin's own bytes as long as nothing was written to it."""
-        if not self.points or self.origin.data and self.points[-1].written == self.origin.written:
+        if not self.points or (self.origin.data and self.points[-1].written == self.origin.written):
             return self.origin
         return memory_of(self.points[-1].memory, self.points[-1].written)
 
@@ -128,12 +128,15 @@ def start_of(origin: Memory) -> Point:
     return Point(int(origin.origin[:16], 16) if origin.origin else 0, origin.written)
 
 
+NO_TEXT = Text()
+
+
 @dataclass
 class Slot:
-    own: Text = Text()
-    setting: Setting = Setting()
+    own: Text = NO_TEXT
+    setting: Setting = PLAIN
     given: bool = False
-    live: Text = Text()  # what can be reused
+    live: Text = NO_TEXT  # what can be reused
     used: bool = False  # by others, since it was named
 
 
@@ -276,13 +279,13 @@ class FakeServer:
     def memory(self, data: Any) -> Memory:
         try:
             if data is None:
-                return Memory()
+                return EMPTY
             memory = Memory(base64.b64decode(data, validate=True))
             read_raw(io.BytesIO(memory.data), len(memory.data))
-            return memory if memory.origin else Memory()
+            return memory if memory.origin else EMPTY
         except (TypeError, ValueError, LlamamemError) as e:
             if self.fault == "bad memory taken":
-                return Memory()
+                return EMPTY
             raise Refusal(400, f"the memory: {e}") from None
 
     def generate(self, route: str, body: dict[str, Any]) -> Reply:
@@ -304,9 +307,9 @@ class FakeServer:
         if len(others) < n - 1:
             raise Refusal(400, "not as many slots")
         own = named is not None and memory is None
-        base = slot.setting if own or self.fault == "sticky setting" else Setting()
+        base = slot.setting if own or self.fault == "sticky setting" else PLAIN
         if memory is None:
-            memory = slot.own.origin if own or self.fault == "sticky" else Memory()
+            memory = slot.own.origin if own or self.fault == "sticky" else EMPTY
         if memory.data and not np.abs(memory.values).max() < 1e30:
             self.dead = self.fault == "crashes"
             raise Refusal(500, "[state-values] not finite")
@@ -384,12 +387,12 @@ class FakeServer:
             memory = self.memory(body["memory"]) if "memory" in body else self.files.get(name)
             if memory is None:
                 raise Refusal(400, "[state-unreadable]")
-            setting = slot.setting if self.fault == "setting outlives restore" else Setting()
+            setting = slot.setting if self.fault == "setting outlives restore" else PLAIN
             slot.own, slot.given, slot.setting, slot.live = Text(memory), bool(memory.origin), setting, Text()
             return {"tokens_written": memory.written}
         if action in ("memory-reset", "erase"):
-            setting = slot.setting if self.fault == "setting outlives erase" else Setting()
-            live = replace(slot.live, origin=Memory()) if self.fault == "reset keeps text" else Text()
+            setting = slot.setting if self.fault == "setting outlives erase" else PLAIN
+            live = replace(slot.live, origin=EMPTY) if self.fault == "reset keeps text" else Text()
             slot.own, slot.given, slot.setting, slot.live = Text(), False, setting, live
             return {}
         if action == "memory-set":
@@ -403,10 +406,10 @@ class FakeServer:
             if (saved := self.files.get(str(name))) is None:
                 raise Refusal(400, "[state-unreadable]")
             if self.fault == "slot file forgets setting":
-                saved = replace(saved, setting=Setting())
-            slot.own, slot.given, slot.setting, slot.live = saved, bool(saved.origin.origin), Setting(), saved
+                saved = replace(saved, setting=PLAIN)
+            slot.own, slot.given, slot.setting, slot.live = saved, bool(saved.origin.origin), PLAIN, saved
             if self.fault == "slot file forgets origin":
-                slot.own = replace(saved, origin=Memory())
+                slot.own = replace(saved, origin=EMPTY)
             return {}
         raise Refusal(400, "Invalid action")
 

@@ -3,11 +3,11 @@
     python tools/entitlement.py --checks 2000 --profile batched
     python tools/entitlement.py --checks 2000 --profile stock-defaults --seed 7
 
-A server of that profile with the demo model is asked in all ways that there are, one after another and at once: with and
-without a slot, with a memory in the request, frozen, scaled, `n` times, in a stream, cancelled; texts go on, are edited,
-said again; memories are saved, resumed, reset; the server sleeps and starts anew. What each answer and each memory must
-be is computed by a second server that is given just the origin, the setting and the text of it (entitled/fresh.py); which
-those are, the oracle knows from the two rules alone (entitled/oracle.py).
+A server of that profile with the demo model is asked in all ways that there are, one after another and at once: with
+and without a slot, with a memory in the request, frozen, scaled, `n` times, in a stream, cancelled; texts go on, are
+edited, said again; memories are saved, resumed, reset; the server sleeps and starts anew. What each answer and each
+memory must be is computed by a second server that is given just the origin, the setting and the text of it
+(entitled/fresh.py); which those are, the oracle knows from the two rules alone (entitled/oracle.py).
 
 Exit status: 0 none was wrong, 1 one was (with the seed and the shortest history that was found), 2 it could not be run.
 """
@@ -19,17 +19,21 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entitled.draw import Draw
 from entitled.driver import Driver, Tally, Wrong
 from entitled.fresh import Reference
-from entitled.memory import EMPTY, Memory, Setting, distance, with_values
+from entitled.memory import EMPTY, PLAIN, Setting, distance, with_values
 from entitled.oracle import Oracle
 from entitled.routes import rendered
-from entitled.steps import Draw, Step
+from entitled.steps import Step
 from entitled.wire import HttpServer, NoAnswer
+
 from llamamem.errors import LlamamemError
 from llamamem.formats.demo_files import demo_files
 from llamamem.native.build import find_build
@@ -44,7 +48,6 @@ PROFILES: dict[str, tuple[int, int, list[list[str]]]] = {
     "batched-unified": (4, 1400, [*CACHES, ASLEEP]),
     "stock-defaults": (4, 1400, [[], ["--cache-ram", "1"], ASLEEP]),
 }
-SHRINKING = 60.0  # seconds, at most
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Session:
         """Memories to begin with, and one whose values no model bears."""
         for _ in range(4):
             origin = self.rng.choice([EMPTY, *draw.memories])
-            draw.keep(self.reference.memory(origin, Setting(), self.reference.ids(rendered((draw.said(),)))))
+            draw.keep(self.reference.memory(origin, PLAIN, self.reference.ids(rendered((draw.said(),)))))
         draw.zeros = with_values(draw.memories[0], 0.0)
         draw.huge = with_values(draw.memories[0], 3e38)
 
@@ -128,16 +131,17 @@ class Fault:
 
     def __str__(self) -> str:
         steps = "\n".join(f"  {i + 1:>3}  {step}" for i, step in enumerate(self.history))
-        return f"WRONG: {self.what}\nhistory since the start with {self.extra}:\n{steps}\n\nthe server's log ends:\n{self.log}"
+        log = f"\n\nthe server's log ends:\n{self.log}" if self.log else ""
+        return f"WRONG: {self.what}\nhistory since the start with {self.extra}:\n{steps}{log}"
 
 
 def spread(reference: Reference, rng: random.Random) -> tuple[float, float]:
     """How far a wrong origin moves a memory and a wrong scale, in units of what rounding may do: both far above 1."""
     oracle = Oracle(1)
     draw = Draw(rng, oracle)
-    origins = [EMPTY, *(reference.memory(EMPTY, Setting(), reference.ids(rendered((draw.said(),)))) for _ in range(4))]
+    origins = [EMPTY, *(reference.memory(EMPTY, PLAIN, reference.ids(rendered((draw.said(),)))) for _ in range(4))]
     text = reference.ids(rendered((draw.said(),)))
-    after = [reference.memory(origin, Setting(), text) for origin in origins]
+    after = [reference.memory(origin, PLAIN, text) for origin in origins]
     scaled = [reference.memory(origin, Setting(scale=0.5), text) for origin in origins[1:]]
     return (
         min(distance(a, b) for i, a in enumerate(after) for b in after[:i]),
@@ -145,18 +149,57 @@ def spread(reference: Reference, rng: random.Random) -> tuple[float, float]:
     )
 
 
-def report(profile: str, seed: int, tally: Tally, wrong: int, seconds: float) -> str:
-    rows = [f"{n:>7}  {kind}" for kind, n in sorted(tally.kinds.items())]
-    reused = 100 * tally.reused / max(1, tally.read)
-    return "\n".join(
-        [
-            f"entitlement: profile {profile}, seed {seed}, {seconds:.0f} s",
-            *rows,
-            f"{reused:>6.0f}%  of the prompt tokens were reused",
-            f"{tally.furthest:>7.2f}  of what rounding may do: the furthest memory",
-            f"{tally.checks} checks, {wrong} wrong",
-        ]
-    )
+@contextmanager
+def servers(profile: str, directory: Path) -> Iterator[tuple[HttpServer, Reference]]:
+    """The server under test, not yet started, and the reference."""
+    _, context, _ = PROFILES[profile]
+    files, bin_dir = demo_files(), Path(find_build().bin_dir)
+    tested = HttpServer(files, bin_dir, directory / "tested", profile, context)
+    plain = "serial" if profile == "serial" else "fused"
+    other = HttpServer(files, bin_dir, directory / "reference", plain, 2048)
+    try:
+        other.start([] if plain == "serial" else ["--cache-ram", "0", "--ctx-checkpoints", "0", "--no-cache-prompt"])
+        yield tested, Reference(other)
+    finally:
+        tested.stop()
+        other.stop()
+
+
+def prove(profile: str, seed: int, checks: int, directory: Path, *, starts: int = 0, shrink: float = 0.0) -> Proof:
+    """So many checks of that profile, until one is wrong. Raises LlamamemError where it could not tell right from wrong."""
+    n_slots, _, variants = PROFILES[profile]
+    with servers(profile, directory) as (tested, reference):
+        origins, scales = spread(reference, random.Random(seed))
+        if min(origins, scales) < 3:
+            raise LlamamemError(f"a wrong origin ({origins:.1f}) or scale ({scales:.1f}) could pass for rounding")
+        tally = Tally()
+        session = Session(tested, reference, n_slots, variants, random.Random(f"{profile} {seed}"), tally)
+        fault = session.run(checks, starts or len(variants))
+        if fault is not None:
+            session.shrink(fault, shrink)
+    return Proof(profile, seed, tally, origins, scales, fault)
+
+
+@dataclass
+class Proof:
+    profile: str
+    seed: int
+    tally: Tally
+    origins: float
+    scales: float
+    fault: Fault | None
+
+    def __str__(self) -> str:
+        tally = self.tally
+        told = f"seed {self.seed}, profile {self.profile}, after {tally.checks} checks\n{self.fault}\n\n"
+        rows = "\n".join(f"{n:>7}  {kind}" for kind, n in sorted(tally.kinds.items()))
+        return f"""{told if self.fault else ""}profile {self.profile}, seed {self.seed}
+{rows}
+{100 * tally.reused / max(1, tally.read):>6.0f}%  of the prompt tokens were not read again
+{tally.furthest:>7.2f}  of what rounding may do: the furthest memory that is right
+{self.origins:>7.0f}  on a wrong origin, at least
+{self.scales:>7.0f}  at a wrong scale, at least
+{tally.checks} checks, {int(self.fault is not None)} wrong"""
 
 
 def main() -> int:
@@ -164,37 +207,17 @@ def main() -> int:
     parser.add_argument("--checks", type=int, default=2000)
     parser.add_argument("--profile", choices=PROFILES, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--starts", type=int, help="of the server; as many as it has ways to be started, if not given")
-    parser.add_argument("--no-shrink", action="store_true", help="print the history as it was")
+    parser.add_argument(
+        "--starts", type=int, default=0, help="of the server; one of each kind that it has, if not given"
+    )
+    parser.add_argument("--shrink", type=float, default=60.0, help="seconds for a shorter history of what is wrong")
     args = parser.parse_args()
-    n_slots, context, variants = PROFILES[args.profile]
-    started, tally = time.monotonic(), Tally()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llamamem-entitlement-") as name:
-        files, bin_dir = demo_files(), Path(find_build().bin_dir)
-        server = HttpServer(files, bin_dir, Path(name) / "tested", args.profile, context)
-        plain = "serial" if args.profile == "serial" else "fused"
-        other = HttpServer(files, bin_dir, Path(name) / "reference", plain, 2048)
-        try:
-            other.start(
-                [] if plain == "serial" else ["--cache-ram", "0", "--ctx-checkpoints", "0", "--no-cache-prompt"]
-            )
-            reference = Reference(other)
-            origins, scales = spread(reference, random.Random(args.seed))
-            if min(origins, scales) < 3:
-                raise LlamamemError(f"a wrong origin ({origins:.1f}) or scale ({scales:.1f}) could pass for rounding")
-            print(f"a wrong origin is {origins:.0f} times further off than rounding, a wrong scale {scales:.0f} times")
-            rng = random.Random(f"{args.profile} {args.seed}")
-            session = Session(server, reference, n_slots, variants, rng, tally)
-            fault = session.run(args.checks, args.starts or len(variants))
-            if fault and not args.no_shrink:
-                session.shrink(fault, SHRINKING)
-        finally:
-            server.stop()
-            other.stop()
-    if fault:
-        print(f"seed {args.seed}, profile {args.profile}, check {tally.checks}\n{fault}\n")
-    print(report(args.profile, args.seed, tally, int(fault is not None), time.monotonic() - started))
-    return 1 if fault else 0
+        given = (args.profile, args.seed, args.checks, Path(name))
+        proof = prove(*given, starts=args.starts, shrink=args.shrink)
+    print(f"{proof}, {time.monotonic() - started:.0f} s")
+    return 1 if proof.fault else 0
 
 
 if __name__ == "__main__":

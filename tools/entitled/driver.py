@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from entitled.draw import Draw
 from entitled.fresh import NEAR_TIE, Fresh, Reference
-from entitled.memory import EMPTY, Memory, Setting, differ, distance, text_hash
+from entitled.memory import EMPTY, PLAIN, Memory, differ, distance, text_hash
 from entitled.oracle import Oracle, Own, Run
 from entitled.routes import Ask, Said, answers, body_of, rendered
-from entitled.steps import Action, Continue, Draw, Look, Poison, Refused, Sleep, Step, Together, WhileBusy
+from entitled.steps import Action, Continue, Look, Poison, Refused, Sleep, Step, Together, WhileBusy
 from entitled.wire import NoAnswer, Reply
 
 
@@ -181,10 +182,7 @@ class Driver:
         """For a wrong answer: on whose memory it is the right one."""
         known = [own.origin for own in self.oracle.own] + (self.draw.memories if self.draw else []) + [EMPTY]
         for origin in known:
-            if (
-                self.reference.answer(origin, Setting(), self._ids(ask), ask.n_predict).text.strip()
-                == said.text.strip()
-            ):
+            if self.reference.answer(origin, PLAIN, self._ids(ask), ask.n_predict).text.strip() == said.text.strip():
                 return f"; that is what {origin} says"
         return ""
 
@@ -217,8 +215,10 @@ class Driver:
 
     def _possible(self, step: Action) -> bool:
         """Whether its file is there: in a history that was shortened, the step that saved it may be missing."""
-        files = {"memory-restore": self.oracle.memories, "restore": self.oracle.slot_files}.get(step.action)
-        return files is None or "filename" not in step.body or step.body["filename"] in files
+        name = str(step.body.get("filename"))
+        if step.action == "restore":
+            return name in self.oracle.slot_files
+        return step.action != "memory-restore" or step.memory is not None or name in self.oracle.memories
 
     def _request(self, step: Action) -> tuple[str, dict[str, Any]]:
         return f"/slots/{step.slot}?action={step.action}", step.body
@@ -226,12 +226,12 @@ class Driver:
     def _acted(self, step: Action, reply: Reply) -> None:
         self._expect(reply.status == 200, f"refused ({reply.status}): {reply.error}")
         oracle, slot, body = self.oracle, step.slot, step.body
-        own, name = oracle.own[slot], body.get("filename")
+        own, name = oracle.own[slot], str(body.get("filename", ""))
         self._expect(reply.body["id_slot"] == slot, f"done to slot {reply.body['id_slot']}")
         if step.action == "memory-save":
-            self._saved_as(slot, name, reply.body)
+            self._saved_as(slot, name or None, reply.body)
         elif step.action == "memory-restore":
-            memory = step.memory or oracle.memories[str(name)]
+            memory = step.memory or oracle.memories[name]
             oracle.restored(slot, memory)
             self._expect(reply.body["tokens_written"] == memory.written, f"{reply.body}, not {memory.written} tokens")
         elif step.action in ("memory-reset", "erase"):

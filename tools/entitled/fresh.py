@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from entitled.memory import EMPTY, Memory, Setting
+from entitled.memory import EMPTY, PLAIN, Memory, Setting
 
 # the last words of a turn are spoken with a clear margin; below this one (log-probability) rounding may turn a choice
 NEAR_TIE = 0.05
@@ -62,7 +62,7 @@ class Reference:
         self._act("memory-reset", {})
         if origin.origin:
             self._act("memory-restore", {"memory": origin.base64})
-        if setting != Setting():
+        if setting != PLAIN:
             self._act("memory-set", setting._asdict())
         body = {"prompt": list(ids), "n_predict": n, "ignore_eos": ignore_eos, "n_probs": 2, "return_tokens": True}
         said = self._done("POST", "/completion", {**body, "cache_prompt": False, "temperature": 0.0, "id_slot": 0})

@@ -31,6 +31,9 @@ class Setting(NamedTuple):
         return Setting(self.frozen if frozen is None else frozen, self.scale if scale is None else float(scale))
 
 
+PLAIN = Setting()
+
+
 @dataclass(frozen=True)
 class Memory:
     """The bytes of a memory-only state file (docs/state-format.md); none of them for the empty memory."""

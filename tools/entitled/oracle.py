@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from entitled.memory import EMPTY, Memory, Setting, text_hash
+from entitled.memory import EMPTY, PLAIN, Memory, Setting, text_hash
 from entitled.routes import ABSENT, Ask
 
 
@@ -21,9 +21,9 @@ class Own:
     """A slot's own memory: f(origin, read, text). `read` is the setting under which the text was read."""
 
     origin: Memory = EMPTY
-    setting: Setting = Setting()  # by memory-set, for requests that name the slot
+    setting: Setting = PLAIN  # by memory-set, for requests that name the slot
     text: tuple[int, ...] = ()
-    read: Setting = Setting()
+    read: Setting = PLAIN
     given: bool | None = False  # None: the contract leaves it open
 
     @property
@@ -63,7 +63,7 @@ class Oracle:
             own = self.own[ask.slot]
             return Run(own.origin, own.setting.under(ask.frozen, ask.scale), True)
         memory = EMPTY if ask.memory is ABSENT or ask.memory is None else ask.memory
-        return Run(memory, Setting().under(ask.frozen, ask.scale), False)
+        return Run(memory, PLAIN.under(ask.frozen, ask.scale), False)
 
     def restored(self, slot: int, memory: Memory) -> None:
         self.own[slot] = Own(origin=memory, given=bool(memory.origin) or None)
@@ -77,4 +77,4 @@ class Oracle:
         self.own[slot] = replace(self.own[slot], setting=setting)
 
     def slot_restored(self, slot: int, saved: Own) -> None:
-        self.own[slot] = replace(saved, setting=Setting(), given=None)
+        self.own[slot] = replace(saved, setting=PLAIN, given=None)

@@ -125,18 +125,16 @@ def answers(ask: Ask, reply: Reply) -> list[Said]:
 
 
 def _streamed(ask: Ask, events: list[Any]) -> list[Said]:
-    texts, tokens = [""] * ask.n, [()] * ask.n if ask.route == COMPLETION else [None] * ask.n
-    settings: list[Any] = [None] * ask.n
+    texts, tokens, settings = [""] * ask.n, [()] * ask.n, [None] * ask.n  # type: list[str], list[Any], list[Any]
     for event in events:
         i, piece = _piece(ask, event)
         texts[i] += piece
-        if ask.route == COMPLETION:
-            tokens[i] = (*(tokens[i] or ()), *event["tokens"])
+        tokens[i] += tuple(event["tokens"]) if ask.route == COMPLETION else ()
         settings[i] = next(_settings(event), settings[i])
-    last = next(_settings(events[-1]), None) if events else None
-    if ask.n == 1:
-        settings = [last]  # of the last object alone: elsewhere nobody looks for it
-    return [Said(*one) for one in zip(texts, tokens, settings, strict=True)]
+    if ask.n == 1:  # of the last object alone: elsewhere nobody looks for it
+        settings = [next(_settings(events[-1]), None)] if events else [None]
+    told = tokens if ask.route == COMPLETION else [None] * ask.n
+    return [Said(*one) for one in zip(texts, told, settings, strict=True)]
 
 
 def _piece(ask: Ask, event: dict[str, Any]) -> tuple[int, str]:
