@@ -166,7 +166,7 @@ def servers(profile: str, directory: Path) -> Iterator[tuple[HttpServer, Referen
 
 
 def prove(profile: str, seed: int, checks: int, directory: Path, *, starts: int = 0, shrink: float = 0.0) -> Proof:
-    """So many checks of that profile, until one is wrong. Raises LlamamemError where it could not tell right from wrong."""
+    """So many checks of that profile, until one is wrong. Raises LlamamemError where right and wrong lie too close."""
     n_slots, _, variants = PROFILES[profile]
     with servers(profile, directory) as (tested, reference):
         origins, scales = spread(reference, random.Random(seed))

@@ -206,7 +206,7 @@ class Draw:
 
     def while_busy(self, slot: int) -> WhileBusy:
         rng = self.rng
-        before = Ask(COMPLETION, self.text()[0], 250, slot=slot, stream=True, ignore_eos=True)
+        before = Ask(COMPLETION, self.text()[0], 120, slot=slot, stream=True, ignore_eos=True)
         kinds = ("save", "restore", "reset", "erase", "set")
         action = self.action(slot, rng.choice(kinds)) or Action(slot, "memory-reset")
         after = self.ask(slot=slot, plain=True)
