@@ -72,7 +72,7 @@ def give(running: Running, slot: int, memory: Memory) -> None:
 
 
 def bare(serve_demo: ServeDemo, *extra: str) -> Running:
-    """As llama-server starts by itself, given model and sidecar: four slots, one KV cache for all, idle ones cleared."""
+    """As llama-server starts by itself, given a model: four slots, one KV cache for all, idle ones cleared."""
     return serve_demo("batched", "--kv-unified", "--cache-idle-slots", *extra, parallel=4, ctx_size=2048)
 
 
@@ -407,11 +407,10 @@ def test_a_memory_of_huge_values_harms_nobody_after_it(serve_demo: ServeDemo, ex
     memory = learnt(running, "this is anna baker.")
     for value in (3.4e38, -3.4e38, 1e25, 1e12):
         for poisoned in (with_values(memory, value), with_source(memory, value)):
-            body = {"messages": user("who is anna? " + "it is cold now. " * 9), "temperature": 0, "max_tokens": 6}
             path = "/v1/chat/completions"
-            answers = [
-                post(running.server.url, path, body | {"rwkv_ms": {"memory": poisoned.base64, "return_memory": True}})
-            ]
+            body = {"messages": user("who is anna? " + "it is cold now. " * 9), "temperature": 0, "max_tokens": 6}
+            carried = {"rwkv_ms": {"memory": poisoned.base64, "return_memory": True}}
+            found = [post(running.server.url, path, body | carried)]
             if post(running.server.url, "/slots/0?action=memory-restore", {"memory": poisoned.base64})[0] == 200:
                 found.append(post(running.server.url, path, body | {"id_slot": 0}))
                 saved = post(running.server.url, "/slots/0?action=memory-save", {"return_memory": True})
