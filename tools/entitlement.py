@@ -150,13 +150,12 @@ def spread(reference: Reference, rng: random.Random) -> tuple[float, float]:
 
 
 @contextmanager
-def servers(profile: str, directory: Path) -> Iterator[tuple[HttpServer, Reference]]:
+def servers(profile: str, directory: Path, bin_dir: Path) -> Iterator[tuple[HttpServer, Reference]]:
     """The server under test, not yet started, and the reference."""
     _, context, _ = PROFILES[profile]
-    files, bin_dir = demo_files(), Path(find_build().bin_dir)
-    tested = HttpServer(files, bin_dir, directory / "tested", profile, context)
+    tested = HttpServer(demo_files(), bin_dir, directory / "tested", profile, context)
     plain = "serial" if profile == "serial" else "fused"
-    other = HttpServer(files, bin_dir, directory / "reference", plain, 2048)
+    other = HttpServer(demo_files(), bin_dir, directory / "reference", plain, 2048)
     try:
         other.start([] if plain == "serial" else ["--cache-ram", "0", "--ctx-checkpoints", "0", "--no-cache-prompt"])
         yield tested, Reference(other)
@@ -165,10 +164,22 @@ def servers(profile: str, directory: Path) -> Iterator[tuple[HttpServer, Referen
         other.stop()
 
 
-def prove(profile: str, seed: int, checks: int, directory: Path, *, starts: int = 0, shrink: float = 0.0) -> Proof:
-    """So many checks of that profile, until one is wrong. Raises LlamamemError where right and wrong lie too close."""
+def prove(
+    profile: str,
+    seed: int,
+    checks: int,
+    directory: Path,
+    *,
+    starts: int = 0,
+    shrink: float = 0.0,
+    bin_dir: Path | None = None,
+) -> Proof:
+    """So many checks of that profile, until one is wrong; of the build that is found, or of any at `bin_dir`.
+
+    Raises LlamamemError where right and wrong lie too close.
+    """
     n_slots, _, variants = PROFILES[profile]
-    with servers(profile, directory) as (tested, reference):
+    with servers(profile, directory, bin_dir or Path(find_build().bin_dir)) as (tested, reference):
         origins, scales = spread(reference, random.Random(seed))
         if min(origins, scales) < 3:
             raise LlamamemError(f"a wrong origin ({origins:.1f}) or scale ({scales:.1f}) could pass for rounding")
@@ -210,12 +221,13 @@ def main() -> int:
     parser.add_argument(
         "--starts", type=int, default=0, help="of the server; one of each kind that it has, if not given"
     )
+    parser.add_argument("--bin-dir", type=Path, help="any build of llama-server with the memory in it, edited or not")
     parser.add_argument("--shrink", type=float, default=60.0, help="seconds for a shorter history of what is wrong")
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llamamem-entitlement-") as name:
         given = (args.profile, args.seed, args.checks, Path(name))
-        proof = prove(*given, starts=args.starts, shrink=args.shrink)
+        proof = prove(*given, starts=args.starts, shrink=args.shrink, bin_dir=args.bin_dir)
     print(f"{proof}, {time.monotonic() - started:.0f} s")
     return 1 if proof.fault else 0
 

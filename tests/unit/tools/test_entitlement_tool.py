@@ -7,7 +7,8 @@ import random
 import pytest
 from entitled.driver import Tally
 from entitled.fresh import Reference
-from entitlement import Fault, Session
+from entitlement import PROFILES, Fault, Session
+from entitlement_mutants import MUTANTS, ROOT
 from fake_server import FAULTS, FakeServer
 
 
@@ -39,3 +40,11 @@ def test_what_is_found_is_told_in_a_few_steps(fault: str) -> None:
     session.shrink(found, 10.0)
     assert len(found.history) <= 6, str(found)
     assert session.again(found, found.history) is not None
+
+
+def test_every_mutant_has_a_name_and_an_edit_of_its_own() -> None:
+    assert len({one.name for one in MUTANTS}) == len({(one.file, one.old, one.new) for one in MUTANTS}) == len(MUTANTS)
+    for one in MUTANTS:
+        assert one.profiles and set(one.profiles) <= set(PROFILES) and one.old != one.new
+        if one.file.startswith("patches/"):  # vendor/ is there after the first build
+            assert (ROOT / one.file).read_text().count(one.old) == 1, one.name
