@@ -24,6 +24,7 @@ class Running:
 
 
 Serve = Callable[..., Running]
+ServeDemo = Callable[..., Running]  # the same with the demo model, whose answers mean something
 
 
 def random_prompt(seed: int, n: int) -> list[int]:
