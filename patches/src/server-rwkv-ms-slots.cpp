@@ -190,33 +190,26 @@ std::vector<float> server_rwkv_ms::get_values(int id_slot) const {
     return res;
 }
 
-std::vector<float> server_rwkv_ms::own_values(int id_slot) const {
-    const auto & slot = slots[id_slot];
-    return slot.is_kept && !slot.is_running ? slot.values : get_values(id_slot);
-}
+server_rwkv_ms::slot_memory server_rwkv_ms::get_own(int id_slot, const server_prompt & prompt) const {
+    slot_memory res = slots[id_slot];
 
-server_rwkv_ms_memory_ptr server_rwkv_ms::own_origin(int id_slot) const {
-    if (slots[id_slot].is_kept) {
-        return slots[id_slot].origin;
+    if (res.is_running || (!res.is_kept && prompt.tokens.key.empty())) {
+        res.values = get_values(id_slot);
+        res.text   = prompt.tokens.get_tokens();
+    } else if (!res.is_kept) {
+        // what is in the slot was computed on a memory that came with a request: it is that client's
+        res.values.assign(n_values, 0.0f);
     }
-    std::vector<float> values(n_values);
-    return llama_rwkv_ms_seq_get_origin(ctx, id_slot, values.data()) ? server_rwkv_ms_memory_init(std::move(values)) : nullptr;
-}
-
-llama_tokens server_rwkv_ms::own_text(int id_slot, const server_prompt & prompt) const {
-    const auto & slot = slots[id_slot];
-    return slot.is_kept && !slot.is_running ? slot.text : prompt.tokens.get_tokens();
+    return res;
 }
 
 // what /slots and memory-save say of it
-common_json server_rwkv_ms::state(int id_slot, const server_prompt & prompt) const {
-    const auto text = own_text(id_slot, prompt);
-
+common_json server_rwkv_ms::state(const slot_memory & own) const {
     return {
-        { "tokens_written", llama_model_rwkv_ms_get_state(model(), own_values(id_slot).data(), 0, nullptr, nullptr) },
-        { "origin", rwkv_ms_sha256(own_origin(id_slot)) },
-        { "n_text", text.size() },
-        { "text", rwkv_ms_hash(text.data(), text.size() * sizeof(llama_token)) },
+        { "tokens_written", llama_model_rwkv_ms_get_state(model(), own.values.data(), 0, nullptr, nullptr) },
+        { "origin", rwkv_ms_sha256(own.origin) },
+        { "n_text", own.text.size() },
+        { "text", rwkv_ms_hash(own.text.data(), own.text.size() * sizeof(llama_token)) },
     };
 }
 
@@ -226,14 +219,14 @@ common_json server_rwkv_ms::to_json(int id_slot, const server_prompt & prompt) c
         return nullptr;
     }
 
-    const auto values = own_values(id_slot);
+    const auto own = get_own(id_slot, prompt);
 
     std::vector<float> S(info.n_head * info.n_state * info.rank * info.rank);
 
     int64_t     n_tokens = 0;
     common_json norms    = common_json::array();
     for (uint32_t i = 0; i < info.n_layer; ++i) {
-        n_tokens = llama_model_rwkv_ms_get_state(model(), values.data(), i, S.data(), nullptr);
+        n_tokens = llama_model_rwkv_ms_get_state(model(), own.values.data(), i, S.data(), nullptr);
 
         double sum = 0.0;
         for (const float x : S) {
@@ -242,13 +235,13 @@ common_json server_rwkv_ms::to_json(int id_slot, const server_prompt & prompt) c
         norms.push_back(std::sqrt(sum));
     }
 
-    auto res = state(id_slot, prompt);
+    auto res = state(own);
 
     res["current_state"] = n_tokens / info.n_chunk % info.n_state; // the one that the next token is written to
     res["norms"]         = norms;
-    res["given"]         = own_origin(id_slot) != nullptr;
-    res["frozen"]        = slots[id_slot].frozen;
-    res["scale"]         = slots[id_slot].scale;
+    res["given"]         = own.origin != nullptr;
+    res["frozen"]        = own.frozen;
+    res["scale"]         = own.scale;
     return res;
 }
 
@@ -279,7 +272,7 @@ server_task_result_ptr server_rwkv_ms::action(const server_task & task, server_p
         } else if (action == "memory-save") {
             data = memory_save(id_slot, prompt, task);
         } else if (action == "memory-restore") {
-            data = memory_restore(id_slot, prompt, task, clear);
+            data = memory_restore(id_slot, task, clear);
         } else if (action == "memory-reset") {
             data = { { "id_slot", id_slot } };
             slot = slot_memory();
@@ -405,8 +398,12 @@ common_json server_rwkv_ms::restore(int id_slot, server_prompt & prompt, const s
     if (has_memory()) {
         auto & slot = slots[id_slot];
 
-        slot        = slot_memory();
-        slot.origin = own_origin(id_slot);
+        slot = slot_memory();
+
+        std::vector<float> origin(n_values);
+        if (llama_rwkv_ms_seq_get_origin(ctx, id_slot, origin.data())) {
+            slot.origin = server_rwkv_ms_memory_init(std::move(origin));
+        }
         llama_rwkv_ms_seq_get(ctx, id_slot, &slot.setting.frozen, &slot.setting.scale);
         slot.setting.lora = llama_rwkv_ms_seq_get_tag(ctx, id_slot);
         slot.values       = get_values(id_slot);
@@ -425,7 +422,7 @@ common_json server_rwkv_ms::restore(int id_slot, server_prompt & prompt, const s
     };
 }
 
-void server_rwkv_ms::check_continues(int id_slot, const server_prompt & prompt, const common_json & data) const {
+void server_rwkv_ms::check_continues(int id_slot, const slot_memory & own, const common_json & data) {
     if (!data.contains("continues")) {
         return;
     }
@@ -436,11 +433,11 @@ void server_rwkv_ms::check_continues(int id_slot, const server_prompt & prompt, 
         throw std::invalid_argument("\"continues\" must be {\"origin\": hash or null, \"n_text\": number of tokens, \"text\": hash}");
     }
 
-    if (continues.at("origin") != common_json_value(rwkv_ms_sha256(own_origin(id_slot)))) {
+    if (continues.at("origin") != common_json_value(rwkv_ms_sha256(own.origin))) {
         throw rwkv_ms_conflict(string_format("[state-continues] the memory of slot %d began on another memory than the one that is to be continued", id_slot));
     }
 
-    const auto   text = own_text(id_slot, prompt);
+    const auto & text = own.text;
     const double n    = continues.at("n_text").get<double>();
     if (n < 0 || n > text.size()) {
         throw rwkv_ms_conflict(string_format("[state-continues] the text of slot %d has %zu tokens, the one that is to be continued has more", id_slot, text.size()));
@@ -453,18 +450,18 @@ void server_rwkv_ms::check_continues(int id_slot, const server_prompt & prompt, 
 common_json server_rwkv_ms::memory_save(int id_slot, const server_prompt & prompt, const server_task & task) const {
     const int64_t t_start = ggml_time_us();
 
-    check_continues(id_slot, prompt, task.slot_action.data);
+    const auto own = get_own(id_slot, prompt);
 
-    const auto values = own_values(id_slot);
+    check_continues(id_slot, own, task.slot_action.data);
 
-    auto res = state(id_slot, prompt);
+    auto res = state(own);
 
     res["id_slot"] = id_slot;
     if (task.slot_action.filename.empty()) {
-        res["memory"]  = server_rwkv_ms_encode(model(), values);
-        res["n_bytes"] = llama_model_rwkv_ms_write(model(), values.data(), nullptr, 0);
+        res["memory"]  = server_rwkv_ms_encode(model(), own.values);
+        res["n_bytes"] = llama_model_rwkv_ms_write(model(), own.values.data(), nullptr, 0);
     } else {
-        const size_t n_bytes = llama_model_rwkv_ms_save_file(model(), values.data(), task.slot_action.filepath.c_str());
+        const size_t n_bytes = llama_model_rwkv_ms_save_file(model(), own.values.data(), task.slot_action.filepath.c_str());
         if (n_bytes == 0) {
             throw std::runtime_error(rwkv_ms_reason(id_slot, "the memory cannot be saved: see the log"));
         }
@@ -475,7 +472,7 @@ common_json server_rwkv_ms::memory_save(int id_slot, const server_prompt & promp
     return res;
 }
 
-common_json server_rwkv_ms::memory_restore(int id_slot, server_prompt & prompt, const server_task & task, const std::function<void()> & clear) {
+common_json server_rwkv_ms::memory_restore(int id_slot, const server_task & task, const std::function<void()> & clear) {
     const int64_t t_start = ggml_time_us();
 
     server_rwkv_ms_memory_ptr origin;
@@ -498,7 +495,7 @@ common_json server_rwkv_ms::memory_restore(int id_slot, server_prompt & prompt, 
     slot.values  = origin ? origin->values : std::vector<float>(n_values, 0.0f);
     slot.is_kept = true;
 
-    auto res = state(id_slot, prompt);
+    auto res = state(slot);
 
     res["id_slot"] = id_slot;
     res["n_bytes"] = llama_model_rwkv_ms_write(model(), slot.values.data(), nullptr, 0);

@@ -47,7 +47,7 @@ public:
 
 private:
     struct slot_memory {
-        bool is_kept = false; // else the slot's memory is that of the text which happens to be in it
+        bool is_kept = false; // else the slot was not named yet: what it shows and saves is the text that happens to be in it
 
         server_rwkv_ms_memory_ptr origin;
         std::vector<float>        values; // after the text
@@ -70,18 +70,16 @@ private:
     std::vector<float> get_values(int id_slot) const;
 
     // the slot's own memory now, and the text that it is of
-    std::vector<float>        own_values(int id_slot) const;
-    server_rwkv_ms_memory_ptr own_origin(int id_slot) const;
-    llama_tokens              own_text(int id_slot, const server_prompt & prompt) const;
+    slot_memory get_own(int id_slot, const server_prompt & prompt) const;
 
-    common_json state(int id_slot, const server_prompt & prompt) const;
+    common_json state(const slot_memory & own) const;
 
-    void check_continues(int id_slot, const server_prompt & prompt, const common_json & data) const;
+    static void check_continues(int id_slot, const slot_memory & own, const common_json & data);
 
     common_json save(int id_slot, server_prompt & prompt, const server_task & task);
     common_json restore(int id_slot, server_prompt & prompt, const server_task & task, int n_ctx, bool has_mtmd, const std::function<void()> & clear);
     common_json memory_save(int id_slot, const server_prompt & prompt, const server_task & task) const;
-    common_json memory_restore(int id_slot, server_prompt & prompt, const server_task & task, const std::function<void()> & clear);
+    common_json memory_restore(int id_slot, const server_task & task, const std::function<void()> & clear);
 };
 
 // The HTTP side of a slot action: checks the request, waits for the slot, returns the answer or an error.
