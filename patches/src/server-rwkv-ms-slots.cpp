@@ -29,7 +29,7 @@ static server_task_result_ptr rwkv_ms_failed(const std::string & what, error_typ
         data["code"] = 409;
         data["type"] = "conflict_error";
     }
-    server_rwkv_ms_count_refusal();
+    server_rwkv_ms_count(SERVER_RWKV_MS_REFUSALS);
     return std::make_unique<server_task_result_rwkv_ms>(std::move(data), true);
 }
 
@@ -152,7 +152,7 @@ common_json server_rwkv_ms::result(int id_slot, const server_task & task, int n_
     return res;
 }
 
-void server_rwkv_ms::end(int id_slot, const server_prompt & prompt, const server_task & task) {
+void server_rwkv_ms::end(int id_slot, const server_prompt & prompt, const server_task & task, uint64_t n_computed) {
     if (!has_memory()) {
         return;
     }
@@ -161,8 +161,12 @@ void server_rwkv_ms::end(int id_slot, const server_prompt & prompt, const server
 
     slot.is_running = false;
 
-    // a memory that is only read is not one that was learnt
     const auto & params = task.params.rwkv_ms;
+    if (!params.setting.frozen) {
+        server_rwkv_ms_count(SERVER_RWKV_MS_TOKENS, n_computed);
+    }
+
+    // a memory that is only read is not one that was learnt
     if (!params.is_own || params.setting.frozen || prompt.tokens.empty() || prompt.tokens.key != task.tokens.key) {
         return;
     }
@@ -286,6 +290,12 @@ server_task_result_ptr server_rwkv_ms::action(const server_task & task, server_p
             slot.scale  = scale.value_or(slot.scale);
 
             data = { { "id_slot", id_slot }, { "frozen", slot.frozen }, { "scale", slot.scale } };
+        }
+
+        if (action == "save" || action == "memory-save") {
+            server_rwkv_ms_count(SERVER_RWKV_MS_SAVES);
+        } else if (action == "restore" || action == "memory-restore") {
+            server_rwkv_ms_count(SERVER_RWKV_MS_RESTORES);
         }
 
         auto res     = std::make_unique<server_task_result_rwkv_ms>(std::move(data), false);

@@ -33,8 +33,8 @@ public:
     // what became of the memory, for the answer; null if the request does not ask
     common_json result(int id_slot, const server_task & task, int n_reused) const;
 
-    // the task leaves the slot
-    void end(int id_slot, const server_prompt & prompt, const server_task & task);
+    // the task leaves the slot, for which so many tokens were computed
+    void end(int id_slot, const server_prompt & prompt, const server_task & task, uint64_t n_computed);
 
     // a slot with a memory of its own is the last that others get
     bool is_kept(int id_slot) const { return has_memory() && slots[id_slot].is_kept; }

@@ -13,8 +13,7 @@
 // a larger factor could make a state of finite values one that is not
 static const float RWKV_MS_SCALE_MAX = 16.0f;
 
-static std::atomic<uint64_t> rwkv_ms_n_memories{ 0 };
-static std::atomic<uint64_t> rwkv_ms_n_refusals{ 0 };
+static std::atomic<uint64_t> rwkv_ms_counters[SERVER_RWKV_MS_COUNTER_COUNT];
 
 common_json server_rwkv_ms_props(const llama_model * model) {
     llama_rwkv_ms_info info;
@@ -168,7 +167,7 @@ static void rwkv_ms_parse(const llama_model * model, common_json data, size_t n_
         params.has_memory = true;
         if (memory.is_string()) {
             params.memory = server_rwkv_ms_decode(model, memory.get<std::string>());
-            rwkv_ms_n_memories++;
+            server_rwkv_ms_count(SERVER_RWKV_MS_MEMORIES);
         }
     }
 
@@ -193,14 +192,14 @@ int server_rwkv_ms_parse(const llama_model * model, const common_json & data, in
         }
         return server_rwkv_ms_parse_slot(data.at("id_slot"), n_slots);
     } catch (const std::exception &) {
-        server_rwkv_ms_count_refusal();
+        server_rwkv_ms_count(SERVER_RWKV_MS_REFUSALS);
         throw;
     }
 }
 
 void server_rwkv_ms_refuse(const common_json & data) {
     if (data.is_object() && data.contains("rwkv_ms") && !data.at("rwkv_ms").is_null()) {
-        server_rwkv_ms_count_refusal();
+        server_rwkv_ms_count(SERVER_RWKV_MS_REFUSALS);
         throw std::invalid_argument("\"rwkv_ms\": this route reads no memory; leave it out");
     }
 }
@@ -228,20 +227,24 @@ common_json server_rwkv_ms_attach(common_json answer, const common_json & rwkv_m
 // counters
 //
 
-void server_rwkv_ms_count_refusal() {
-    rwkv_ms_n_refusals++;
+void server_rwkv_ms_count(server_rwkv_ms_counter counter, uint64_t n) {
+    rwkv_ms_counters[counter] += n;
 }
 
 std::string server_rwkv_ms_metrics() {
-    std::stringstream res;
-
-    const auto add = [&res](const char * name, const char * description, uint64_t value) {
-        res << "# HELP llamacpp:" << name << " " << description << "\n"
-            << "# TYPE llamacpp:" << name << " counter\n"
-            << "llamacpp:" << name << " " << value << "\n";
+    static const char * const names[SERVER_RWKV_MS_COUNTER_COUNT][2] = {
+        { "rwkv_ms_memories_total", "Memories that came with requests." },
+        { "rwkv_ms_restores_total", "Slots that were given a memory, or a text with one." },
+        { "rwkv_ms_saves_total", "Memories and texts of slots that were saved." },
+        { "rwkv_ms_tokens_written_total", "Tokens written to memories." },
+        { "rwkv_ms_refusals_total", "Requests and slot actions refused for what they say of a memory or a slot." },
     };
 
-    add("rwkv_ms_memories_total", "Memories that came with requests.", rwkv_ms_n_memories);
-    add("rwkv_ms_refusals_total", "Requests and slot actions refused for what they say of a memory or a slot.", rwkv_ms_n_refusals);
+    std::stringstream res;
+    for (int i = 0; i < SERVER_RWKV_MS_COUNTER_COUNT; ++i) {
+        res << "# HELP llamacpp:" << names[i][0] << " " << names[i][1] << "\n"
+            << "# TYPE llamacpp:" << names[i][0] << " counter\n"
+            << "llamacpp:" << names[i][0] << " " << rwkv_ms_counters[i] << "\n";
+    }
     return res.str();
 }

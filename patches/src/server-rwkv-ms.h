@@ -79,6 +79,15 @@ server_rwkv_ms_memory_ptr server_rwkv_ms_memory_init(std::vector<float> values);
 // adds what became of the memory to the last object of an answer
 common_json server_rwkv_ms_attach(common_json answer, const common_json & rwkv_ms);
 
-// counters for /metrics
-void        server_rwkv_ms_count_refusal();
+// for /metrics
+enum server_rwkv_ms_counter {
+    SERVER_RWKV_MS_MEMORIES, // came with requests
+    SERVER_RWKV_MS_RESTORES, // slots that were given a memory, or a text with one
+    SERVER_RWKV_MS_SAVES,
+    SERVER_RWKV_MS_TOKENS, // written
+    SERVER_RWKV_MS_REFUSALS,
+    SERVER_RWKV_MS_COUNTER_COUNT,
+};
+
+void        server_rwkv_ms_count(server_rwkv_ms_counter counter, uint64_t n = 1);
 std::string server_rwkv_ms_metrics();
