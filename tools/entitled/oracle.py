@@ -32,8 +32,8 @@ class Own:
         return {"origin": self.origin.origin, "n_text": len(self.text), "text": text_hash(self.text)}
 
     def after(self, setting: Setting, text: tuple[int, ...]) -> Own:
-        """Having answered a request that named it."""
-        return replace(self, text=text, read=setting)
+        """Having answered a request that named it. A memory that was only read is as it was."""
+        return self if setting.frozen else replace(self, text=text, read=setting)
 
 
 class Run(NamedTuple):
