@@ -367,8 +367,8 @@ class FakeServer:
         self.cache = [*self.cache, slot.live][-4:]
         slot.live = text
         if own:
-            slot.own, slot.used = text, False
-            if self.fault == "cancelled is lost" and cut:
+            slot.own, slot.used = slot.own if text.setting.frozen else text, text.setting.frozen
+            if self.fault == "cancelled is lost" and cut and not text.setting.frozen:
                 slot.own = Text(text.origin, text.setting)
             return
         slot.used = True

@@ -160,7 +160,7 @@ class Draw:
         """An action and what makes it matter: a text before it, the use of what it changed."""
         rng, ask = self.rng, self.ask(slot=slot, plain=True)
         if kind == "slot save":  # of its own text, since it is the last that ran there
-            return [replace(ask, scale=rng.choice((None, 0, 2)), frozen=rng.choice((None, None, True))), action]
+            return [replace(ask, scale=rng.choice((None, 0, 2)), frozen=None), action]
         if kind == "slot restore" and (said := self.saved.get(str(action.body["filename"]))):
             return [action, replace(ask, text=(*said, self.said()), scale=rng.choice((None, None, 0)))]
         if (

@@ -3,7 +3,7 @@
 1. What a slot holds is f(origin, setting, text).
 2. A request gets the memory it names, and no other.
 
-So a slot's *own* memory is what an action gave it and the text of the last request that named it and wrote to it. Requests that name no
+So a slot's *own* memory is what an action gave it and the text of the last request that named it. Requests that name no
 slot, or bring their memory, are answered from what they bring; where they run is none of the oracle's business.
 """
 
@@ -32,7 +32,7 @@ class Own:
         return {"origin": self.origin.origin, "n_text": len(self.text), "text": text_hash(self.text)}
 
     def after(self, setting: Setting, text: tuple[int, ...]) -> Own:
-        """Having answered a request that named it. One that only reads leaves what was learnt as it was."""
+        """Having answered a request that named it. A memory that was only read is as it was."""
         return self if setting.frozen else replace(self, text=text, read=setting)
 
 

@@ -19,7 +19,7 @@ from llamamem.formats.demo_files import DemoFiles
 from llamamem.serving.process import Server, launch
 from llamamem.serving.profiles import make_plan
 
-PATIENCE = 60.0  # seconds for any answer; a tiny model needs far less, so whoever takes longer waits for nothing
+PATIENCE = 20.0  # seconds for any answer; a tiny model needs far less, so whoever takes longer waits for nothing
 
 
 class NoAnswer(Exception):
