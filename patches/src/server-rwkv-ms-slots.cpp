@@ -94,7 +94,7 @@ void server_rwkv_ms::prepare(server_task & task, const std::vector<common_adapte
     params.is_own = task.id_slot >= 0 && !params.has_memory;
 
     const slot_memory   none;
-    const slot_memory & own = task.id_slot >= 0 ? slots[task.id_slot] : none;
+    const slot_memory & own = params.is_own ? slots[task.id_slot] : none;
 
     params.origin  = params.is_own ? own.origin : params.memory;
     params.setting = { params.frozen.value_or(own.frozen), params.scale.value_or(own.scale), rwkv_ms_lora_hash(lora) };
@@ -256,6 +256,17 @@ common_json server_rwkv_ms::to_json(int id_slot, const server_prompt & prompt) c
 server_task_result_ptr server_rwkv_ms::action(const server_task & task, server_prompt & prompt, int n_ctx, bool has_mtmd, const std::function<void()> & clear) {
     const int           id_slot = task.slot_action.id_slot;
     const std::string & action  = task.slot_action.action;
+
+    // held until it is done: what was asked for is taken back before it, or not at all
+    auto &                      asker = *task.slot_action.asker;
+    std::lock_guard<std::mutex> lock(asker.mutex);
+
+    asker.is_answered = asker.is_gone && !asker.is_gone();
+    if (!asker.is_answered) {
+        auto res = rwkv_ms_failed("nobody waits for this action any more", ERROR_TYPE_INVALID_REQUEST, true);
+        res->id  = task.id;
+        return res;
+    }
 
     try {
         if (action.rfind("memory-", 0) == 0 && !has_memory()) {
@@ -595,11 +606,25 @@ server_task_result_ptr server_rwkv_ms_post_action(server_response_reader & rd, c
     const int     id_slot = task.id_slot;
     const int64_t t_end   = ggml_time_us() + (int64_t) (timeout * 1e6);
 
+    // a client that hangs up, or waits no longer, takes back what it asked for
+    const auto is_gone = [&]() {
+        return req.should_stop() || ggml_time_us() > t_end;
+    };
+    const auto asker       = std::make_shared<server_rwkv_ms_asker>();
+    asker->is_gone         = is_gone;
+    task.slot_action.asker = asker;
+
     task.id = rd.get_new_id();
     rd.post_task(std::move(task));
 
-    // a client that hangs up, or waits no longer, takes back what it asked for
-    auto res = rd.next([&]() { return req.should_stop() || ggml_time_us() > t_end; });
+    auto res = rd.next(is_gone);
+    {
+        std::lock_guard<std::mutex> lock(asker->mutex);
+        asker->is_gone = nullptr;
+    }
+    if (!res && asker->is_answered) {
+        res = rd.next([]() { return false; }); // it was done meanwhile
+    }
     if (!res) {
         rd.stop();
         return rwkv_ms_failed(string_format("[slot-busy] slot %d is still at work after %g s: nothing was done; ask again, or with a longer \"timeout\"", id_slot, timeout),

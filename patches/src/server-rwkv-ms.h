@@ -11,7 +11,9 @@
 
 #include "llama-rwkv-ms.h"
 
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -78,6 +80,13 @@ server_rwkv_ms_memory_ptr server_rwkv_ms_memory_init(std::vector<float> values);
 
 // adds what became of the memory to the last object of an answer
 common_json server_rwkv_ms_attach(common_json answer, const common_json & rwkv_ms);
+
+// Who asked for a slot action, while it waits for the slot: the main thread asks whether the client is still there.
+struct server_rwkv_ms_asker {
+    std::mutex            mutex;
+    std::function<bool()> is_gone; // empty once nobody waits any more
+    bool                  is_answered = false;
+};
 
 // for /metrics
 enum server_rwkv_ms_counter {
