@@ -52,12 +52,17 @@ def serve(build: Build, model: Path, tmp_path: Path, request: pytest.FixtureRequ
 
         def start(profile: str, *extra: str, **kwargs: Any) -> Running:
             memory = None if profile == "base" else request.getfixturevalue("sidecar")
-            given: dict[str, Any] = {"ctx_size": 1024, "slot_dir": tmp_path, "bin_dir": Path(build.bin_dir), **kwargs}
+            given: dict[str, Any] = {
+                "port": 0,
+                "ctx_size": 1024,
+                "slot_dir": tmp_path,
+                "bin_dir": Path(build.bin_dir),
+                **kwargs,
+            }
             plan = make_plan(
                 model,
                 sidecar=memory,
                 profile=profile,
-                port=0,
                 extra=["--threads", "1", *extra],
                 environ={},
                 **given,

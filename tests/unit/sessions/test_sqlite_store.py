@@ -149,9 +149,7 @@ def test_a_file_that_cannot_be_written_is_read(
 ) -> None:
     place.save(place.create("alice"), memory(1, 1))
     connect = sqlite3.connect  # root may write anywhere: as read-only as a file of another user
-    monkeypatch.setattr(
-        sqlite.sqlite3, "connect", lambda name, **k: connect(name.replace("mode=rw", "mode=ro"), **k)
-    )
+    monkeypatch.setattr(sqlite.sqlite3, "connect", lambda name, **k: connect(name.replace("mode=rw", "mode=ro"), **k))
     assert [entry.fault for entry in place.entries(verify=True)] == [None]
     assert place.load("alice")[1] == memory(1, 1).data
     with pytest.raises(LlamamemError, match="readonly"):

@@ -363,7 +363,7 @@ def test_undo_brings_the_generation_before_back_and_undone_twice_all_is_as_it_wa
 def test_the_first_save_can_be_undone_and_none_at_all_cannot(store: SessionStore, memory: MakeMemory) -> None:
     made = store.create("alice")
     for use in (lambda: store.undo("alice"), lambda: store.undo("nobody")):
-        with pytest.raises(LlamamemError, match="no generation before|not in"):
+        with pytest.raises(LlamamemError, match=r"no generation before|not in"):
             use()
     store.save(made, memory(1, 1))
     assert store.undo("alice").state_sha256 is None and store.load("alice")[1] is None
