@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -386,7 +387,10 @@ def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
         f"llamamem-{gone}-01234567.state",
         f"anna.bin.{gone}.part",
     ]
-    kept = ["anna.bin", "notes.part", f"llamamem-{os.getpid()}-01234567.state", f"anna.bin.{os.getpid()}.part"]
+    aside = f"llamamem-health-{gone}-fedcba987654-kept.state"
+    (state_dir() / "resumed").mkdir()
+    (state_dir() / "resumed" / "00.health").write_text(json.dumps({"file": aside}))
+    kept = [aside, "anna.bin", "notes.part", f"llamamem-{os.getpid()}-01234567.state", f"anna.bin.{os.getpid()}.part"]
     for name in [*left, *kept, "llamamem-fedcba9876543210.state"]:
         (slots / name).write_bytes(b"")
     for name in [*left, *kept]:
