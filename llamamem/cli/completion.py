@@ -7,7 +7,6 @@ import typer
 _MOST = 200  # names of sessions: nobody reads more
 
 
-
 def run_names(incomplete: str) -> list[str]:
     from llamamem.serving.runs import live_runs
 

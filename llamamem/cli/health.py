@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from llamamem.cli.session import ApiKey, Run, SlotDir, Url
+from llamamem.cli.session import ApiKey, Run, Url
 from llamamem.errors import LlamamemError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 def health(
     run: Run = None,
     url: Url = None,
-    slot_dir: SlotDir = None,
+    slot_dir: Annotated[Path | None, typer.Option(help="That server's --slot-save-path.")] = None,
     model: Annotated[Path | None, typer.Option(help="That server's base GGUF.")] = None,
     sidecar: Annotated[Path | None, typer.Option(help="That server's sidecar.")] = None,
     log: Annotated[Path | None, typer.Option(help="That server's log.")] = None,

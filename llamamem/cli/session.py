@@ -51,7 +51,7 @@ _AGES = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="Memories of conversations by name: started, resumed in a slot of a server, saved, brought back, listed, removed.",
+        help="Memories of conversations by name: started, resumed in a slot, saved, brought back, listed, removed.",
         no_args_is_help=True,
     )
     group.command("start")(start)
@@ -129,11 +129,11 @@ def save(
 
 
 def list_sessions(
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="A page: so many, in the store's order.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="A page: so many, in the store's order.")
+    ] = None,
     after: Annotated[str | None, typer.Option(metavar="NAME", help="The page after that one.")] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read every state, and compare it with its hash.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every state, and compare it with its hash.")] = False,
     store: Store = None,
     as_json: Json = False,
 ) -> None:
@@ -251,9 +251,7 @@ def open_given_store(store: str | None, quota: str | None = None) -> SessionStor
 
 
 @contextmanager
-def _sessions(
-    store: SessionStore, run: str | None, url: str | None, api_key: str | None
-) -> Iterator[Sessions]:
+def _sessions(store: SessionStore, run: str | None, url: str | None, api_key: str | None) -> Iterator[Sessions]:
     from llamamem.serving.target import open_target
 
     client, record = open_target(run, url, api_key)

@@ -132,7 +132,7 @@ class Sessions:
             served = self._of_slot(slot)
             session, point = self._goes_on(name, slot, served, force)
             try:
-                data, answer = self.client.take_memory(slot, continues=point and point.model_dump())
+                data, answer = self.client.take_memory(slot, continues=None if point is None else point.model_dump())
             except LlamamemError as e:
                 if e.reason != "state-continues":
                     raise

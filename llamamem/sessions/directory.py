@@ -18,7 +18,6 @@ import os
 import re
 import stat
 import time
-from bisect import bisect_right
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +48,7 @@ from llamamem.sessions.session import (
 )
 
 _FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(?P<kind>\.json|-(?P<generation>[0-9]+)\.state)(?(part)\.part)")
+_KEY = re.compile(r"[0-9a-f]{64}")
 _LOCK_TIMEOUT = 60.0  # seconds; a change takes milliseconds
 _LEFT = 60.0  # seconds, after which a half-written file is one that a killed process left
 
@@ -119,14 +119,17 @@ class DirectoryStore:
         return saved
 
     def entries(self, *, after: str | None = None, limit: int | None = None, verify: bool = False) -> list[Entry]:
-        with self._reported():
-            keys = sorted(self._found())
+        begun = None
         if after is not None:
-            json = Path(after)
-            of_file = json.stem if json == self._json(json.stem) else None
-            keys = keys[bisect_right(keys, of_file or _key(after)) :]
+            of_file = self._json(Path(after).stem) == Path(after)  # the label of one without a name
+            begun = Path(after).stem if of_file else _key(after)
+        with self._reported():
+            names = self._listed()
+        keys = {name[:64] for name in names if begun is None or name[:64] > begun}
         entries: list[Entry] = []
-        for key in keys:
+        for key in sorted(keys):
+            if not _KEY.fullmatch(key):
+                continue
             if limit is not None and len(entries) >= limit:
                 break
             if (entry := self._entry(key, verify)) is not None:
@@ -136,8 +139,8 @@ class DirectoryStore:
     def names(self, start: str, limit: int) -> list[str]:
         found: list[str] = []
         with self._reported():
-            keys = self._found()
-        for key in keys:
+            keys = {name[:64] for name in self._listed()}
+        for key in filter(_KEY.fullmatch, keys):
             with contextlib.suppress(Damaged):
                 if len(found) < limit and (name := self._session(key).name).startswith(start):
                     found.append(name)
@@ -147,7 +150,7 @@ class DirectoryStore:
         key = _key(check_name(name))
         with self._change(key):
             found = self._found(parts=True)
-            if not any(_is_whole(path) for path in found.get(key, [])):
+            if not any(map(_is_whole, found.get(key, []))):
                 raise Missing(name, self.location)
             self._remove(found.pop(key))
             self._sweep_parts(found)
@@ -161,21 +164,21 @@ class DirectoryStore:
 
         with self._reported():
             found = self._found(parts=True)
-            for key, paths in found.items():
-                if not any(map(_is_whole, paths)) or not is_old(self._look(key, verify=False)):
+            for key, names in found.items():
+                if not any(map(_is_whole, names)) or not is_old(self._look(key, verify=False)):
                     continue
                 with self._change(key):
                     entry = self._look(key, verify=True)  # it may have been used by now
                     if entry is not None and is_old(entry):
-                        self._remove(paths)
+                        self._remove(names)
                         removed.append(entry.label)
             self._sweep_parts(found)
         return sorted(removed)
 
     def total_bytes(self) -> int:
         with self._reported():
-            newest = (max(paths, key=_generation) for paths in self._found().values())
-            return sum(path.stat().st_size for path in newest if path.suffix == ".state")
+            newest = (max(names, key=_generation) for names in self._found().values())
+            return sum((self.path / name).stat().st_size for name in newest if name.endswith(".state"))
 
     def _entry(self, key: str, verify: bool) -> Entry | None:
         entry = self._look(key, verify)
@@ -256,25 +259,31 @@ class DirectoryStore:
             with contextlib.suppress(OSError):
                 (self.path / f"{key}-{number}.state").unlink(missing_ok=True)
 
-    def _sweep_parts(self, found: dict[str, list[Path]]) -> None:
-        for path in (path for paths in found.values() for path in paths if not _is_whole(path)):
+    def _sweep_parts(self, found: dict[str, list[str]]) -> None:
+        for name in (name for names in found.values() for name in names if not _is_whole(name)):
+            path = self.path / name
             with contextlib.suppress(OSError):
                 if time.time() - path.lstat().st_mtime > _LEFT:
                     path.unlink()
 
-    def _remove(self, paths: list[Path]) -> None:
-        for path in sorted(paths, key=lambda path: path.suffix == ".json"):  # last what names the memory
-            path.unlink(missing_ok=True)
+    def _remove(self, names: list[str]) -> None:
+        for name in sorted(names, key=lambda name: name.endswith(".json")):  # last what says whose it was
+            (self.path / name).unlink(missing_ok=True)
         flush_directory(self.path)
 
-    def _found(self, *, parts: bool = False) -> dict[str, list[Path]]:
-        """The files by key; `parts` adds what a crash left of a file that was being written."""
-        found: dict[str, list[Path]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self.path):
-                match = _FILE.fullmatch(name)
-                if match and (parts or not match["part"]):
-                    found.setdefault(match["key"], []).append(self.path / name)
+    def _listed(self) -> list[str]:
+        """One look at the whole directory."""
+        try:
+            return os.listdir(self.path)
+        except FileNotFoundError:
+            return []
+
+    def _found(self, *, parts: bool = False) -> dict[str, list[str]]:
+        """Names of files by key; `parts` adds what a crash left of a file that was being written."""
+        found: dict[str, list[str]] = {}
+        for match in filter(None, map(_FILE.fullmatch, self._listed())):
+            if parts or not match["part"]:
+                found.setdefault(match["key"], []).append(match[0])
         return found
 
     def _json(self, key: str) -> Path:
@@ -331,10 +340,10 @@ def _key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _is_whole(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _is_whole(name: str) -> bool:
+    return not name.startswith(".")
 
 
-def _generation(path: Path) -> int:
-    match = _FILE.fullmatch(path.name)
+def _generation(name: str) -> int:
+    match = _FILE.fullmatch(name)
     return -1 if match is None or match["generation"] is None else int(match["generation"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import time
 from pathlib import Path
@@ -78,6 +79,8 @@ def release(store: str, name: str, *, api_key: str | None = None, keep_slot: boo
                 _empty(resumed, api_key)
             except LlamamemError as e:
                 left.append(f"slot {resumed.slot} of {resumed.server} may still hold the memory of {name!r}: {e}")
+            # nor may what `llamamem health` laid aside of it, before it was killed, come back
+            _path(resumed.server, resumed.slot).with_suffix(".health").unlink(missing_ok=True)
         forget(resumed.server, resumed.slot)
     return left
 
@@ -89,12 +92,13 @@ def sweep(slot_dir: Path | None = None) -> None:
     for resumed in _all():
         if resumed.run is not None and _RUN_ID.fullmatch(resumed.run) and resumed.run not in ids:
             forget(resumed.server, resumed.slot)
+    aside = {_file_of(path) for path in _listed(state_dir() / "resumed") if path.suffix == ".health"}
     places = {Path(run.slot_dir) for run in runs if run.slot_dir} | ({slot_dir} if slot_dir else set())
     with contextlib.suppress(OSError):
         places |= {path for path in (state_dir() / "slots").iterdir() if path.is_dir()}
     for path in (path for place in places for path in _listed(place)):
         with contextlib.suppress(OSError):
-            if _is_left(path):
+            if _is_left(path) and path.name not in aside:
                 path.unlink()
 
 
@@ -116,6 +120,15 @@ def _is_left(path: Path) -> bool:
         return False
     pid = match["pid"] or match["server"]
     return pid is None or not psutil.pid_exists(int(pid))
+
+
+def _file_of(note: Path) -> str | None:
+    """What `llamamem health` laid aside of a slot, and its next run puts back."""
+    try:
+        file = json.loads(note.read_bytes())["file"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return file if isinstance(file, str) else None
 
 
 def _listed(place: Path) -> list[Path]:

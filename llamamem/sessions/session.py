@@ -66,8 +66,8 @@ class SessionStore(Protocol):
     """Sessions by name. Names are compared as they are: case and Unicode form count.
 
     Every change happens whole or not at all, also when the process dies in it. Where nothing can be written, what is
-    there can be read all the same: then the time of its use is lost, and nothing else. A session that is damaged all the same
-    is listed with its fault and refused by `load` and `save`; only `remove` takes it away. With a quota (bytes of
+    there can be read all the same: then the time of its use is lost, and nothing else. A session that is damaged is
+    listed with its fault and refused by `load` and `save`; only `remove` takes it away. With a quota (bytes of
     states) a change that would exceed it is refused; nothing is ever removed to make room. Methods raise LlamamemError.
     """
 
@@ -175,8 +175,7 @@ def undone(found: Session, location: str) -> Session:
     """What `undo` makes of the version that the store has."""
     if found.before is None:
         raise LlamamemError(
-            f"session {found.name!r} in {location}: has no generation before this one; one is kept whenever it is"
-            " saved"
+            f"session {found.name!r} in {location}: has no generation before this one; one is kept whenever it is saved"
         )
     time = now()
     return _succeeded(found, found.before.model_copy(update={"generation": found.generation + 1}), time)

@@ -116,7 +116,7 @@ class SqliteStore:
     def names(self, start: str, limit: int) -> list[str]:
         with self._look() as db:
             found = db.execute("SELECT name FROM session WHERE name >= ? ORDER BY name", (start,))
-            names = []
+            names: list[str] = []
             for (name,) in found:
                 if not str(name).startswith(start) or len(names) >= limit:
                     break
@@ -203,9 +203,7 @@ class SqliteStore:
             raise self._fault(e) from None
 
     @contextlib.contextmanager
-    def _opened(
-        self, *, write: bool, make: bool = False, journal: str | None = None
-    ) -> Iterator[sqlite3.Connection]:
+    def _opened(self, *, write: bool, make: bool = False, journal: str | None = None) -> Iterator[sqlite3.Connection]:
         """Leaves sqlite3.OperationalError to the caller."""
         try:
             if make and not self.path.exists():

@@ -77,9 +77,9 @@ def started(
     *extra: str,
     **kwargs: Any,
 ) -> Running:
-    given: dict[str, Any] = {"ctx_size": 1024, "slot_dir": tmp_path, "bin_dir": Path(build.bin_dir), **kwargs}
+    own = {"port": 0, "ctx_size": 1024, "slot_dir": tmp_path, "bin_dir": Path(build.bin_dir)}
     more = ["--threads", "1", *extra]
-    plan = make_plan(model, sidecar=sidecar, profile=profile, port=0, extra=more, environ={}, **given)
+    plan = make_plan(model, sidecar=sidecar, profile=profile, extra=more, environ={}, **{**own, **kwargs})
     server = stack.enter_context(launch(plan, directory=tmp_path / "runs"))
     server.wait_ready(stall_timeout=60)
     return Running(server, stack.enter_context(Client(server.url, timeout=120)))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from server_runs import Running, Serve
 
-from llamamem.errors import LlamamemError
 from llamamem.formats.run import runs_dir, write_run
 from llamamem.formats.suite import read_suite
 from llamamem.formats.trace import SCHEMA, Trace, read_trace

@@ -49,7 +49,7 @@ def slot_kept(e: Evidence) -> Iterator[list[str]]:
             kept = _keep(e, stack, probe, memory) if _is_used(memory) else None
         except Fails as fault:
             e.unkept = fault
-        except (LlamamemError, OSError, ValueError, LookupError, TypeError) as error:
+        except (LlamamemError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             e.hung = "the save of the slot" if is_timeout(error) else None
             hint = "give the right --slot-dir"
             e.unkept = Fails(f"the slot cannot be saved, so nothing is tried in it: {error}", hint)
@@ -89,8 +89,7 @@ def _choose(e: Evidence, stack: ExitStack) -> tuple[SlotProbe, dict[str, Any]]:
     stack.enter_context(held(e.target.url, number, _WAIT))
     probe = SlotProbe(e.client, number, e.target.slot_dir)
     stack.callback(probe.remove_files)
-    memory: dict[str, Any] = probe.memory()
-    return probe, memory
+    return probe, slot["rwkv_ms"]
 
 
 def _is_used(memory: dict[str, Any]) -> bool:

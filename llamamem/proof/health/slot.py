@@ -74,10 +74,9 @@ class SlotProbe:
         return answer
 
     def memory(self) -> dict[str, Any]:
-        """The slot's `rwkv_ms` object of /slots."""
+        """What /slots says of the slot's memory and its setting; not of its text."""
         found = next(slot for slot in self.client.slots() if slot["id"] == self.id)
-        memory: dict[str, Any] = found["rwkv_ms"]
-        return memory
+        return {name: value for name, value in found["rwkv_ms"].items() if name not in ("n_text", "text")}
 
     def others(self) -> list[tuple[int, bool, int | None]]:
         """The other slots: id, whether it works now, its last task."""

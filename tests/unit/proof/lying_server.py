@@ -50,7 +50,7 @@ class Slot:
     frozen: bool = False
     given: bool = False
     salt: int = 0  # another KV cache than that of the text
-    aside: Slot | None = None  # the text of requests that brought a memory along
+    aside: Slot | None = field(default=None, compare=False)  # the text of requests that brought a memory along
 
     def clear(self, origin: Memory | None = None) -> None:
         self.origin = origin or Memory()
@@ -88,6 +88,7 @@ class LyingServer:
         self.slot_dir, self.log = directory / "slots", directory / "server.log"
         self.slot_dir.mkdir()
         self.asked: list[str] = []
+        self.working = threading.RLock()  # an action waits for the end of a request
         self.hold = threading.Event()  # set at the end: lets go of what hangs
         self._noise = 0
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -231,7 +232,8 @@ class LyingServer:
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         text = " ".join(message["content"] for message in body["messages"])
-        answer = self.complete({"id_slot": body.get("id_slot", 0), "prompt": tokenize(text, True), "n_predict": 4})
+        setting = {name: body[name] for name in ("id_slot", "rwkv_ms") if name in body}
+        answer = self.complete({**setting, "prompt": tokenize(text, True), "n_predict": 4})
         message = {"role": "assistant", "content": "\n" if "silent" in self.lies else "Hello."}
         verbose = {"tokens": answer["tokens"]}
         usage = {"prompt_tokens": len(tokenize(text, True))}
@@ -325,7 +327,8 @@ class LyingServer:
         if f"500 in {what}" in self.lies:
             raise Refused("out of order", 500)
         if path.startswith("/slots/"):
-            return self.act(query["action"][0], int(path.removeprefix("/slots/")), body)
+            with self.working:
+                return self.act(query["action"][0], int(path.removeprefix("/slots/")), body)
         answers: dict[str, Callable[[], Any]] = {
             "/health": lambda: {"status": "ok"},
             "/props": self.props,

@@ -109,7 +109,9 @@ class FakeServer:
     `run` is what /props say of this run of it; `port` is one that another server had.
     """
 
-    def __init__(self, slot_dir: Path | None = None, n_slots: int = 4, *, run: str | None = None, port: int = 0) -> None:
+    def __init__(
+        self, slot_dir: Path | None = None, n_slots: int = 4, *, run: str | None = None, port: int = 0
+    ) -> None:
         self.slot_dir = slot_dir
         self.slots = [Slot() for _ in range(n_slots)]
         self.identity: Identity | None = IDENTITY
@@ -202,7 +204,9 @@ class FakeServer:
         words = prompt.split() if isinstance(prompt, str) else [str(token) for token in prompt]
         origin = slot.origin if own else self.learnt(setting.get("memory"))
         has = (slot.origin, slot.text) if own else slot.elsewhere or (Learnt(), [])
-        reused = len(has[1]) if body.get("cache_prompt", True) and origin == has[0] and words[: len(has[1])] == has[1] else 0
+        reused = (
+            len(has[1]) if body.get("cache_prompt", True) and origin == has[0] and words[: len(has[1])] == has[1] else 0
+        )
         memory, n = origin.read(words), body.get("n_predict", 2)
         said = memory.said if n else ""
         text = [*words, said] if n else words  # a second token is never written

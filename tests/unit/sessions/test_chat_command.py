@@ -73,9 +73,7 @@ def test_a_chat_leaves_nothing_in_the_server(sessions: Sessions, server: FakeSer
     assert not any(slot.given or slot.tokens for slot in server.slots)
 
 
-def test_a_chat_in_a_slot_of_its_choice_leaves_what_the_slot_was_given(
-    sessions: Sessions, server: FakeServer
-) -> None:
+def test_a_chat_in_a_slot_of_its_choice_leaves_what_the_slot_was_given(sessions: Sessions, server: FakeServer) -> None:
     alone = ask(Chat(sessions.client, sessions=sessions), "hello")
     sessions.start("anna")
     sessions.turn("anna", "I keep bees")

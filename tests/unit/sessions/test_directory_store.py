@@ -321,3 +321,84 @@ def test_a_quota_is_counted_by_one_writer_at_a_time(
         thread.join(60)
     assert sorted(outcomes) == ["refused"] * 5 + ["saved"] * 5
     assert limited.total_bytes() == 5 * size
+
+
+def test_a_link_that_somebody_laid_is_not_written_through(
+    place: DirectoryStore, memory: MakeMemory, tmp_path: Path
+) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    target = tmp_path / "theirs"
+    target.write_text("theirs")
+    for name in (f".{key('alice')}.json.part", f".{key('alice')}-2.state.part"):
+        (place.path / name).symlink_to(target)
+    place.save(saved, memory(2, 2))
+    assert target.read_text() == "theirs" and place.load("alice")[1] == memory(2, 2).data
+    assert not [name for name in files(place) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize("why", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_what_is_there_can_be_read_where_nothing_can_be_written(
+    place: DirectoryStore, memory: MakeMemory, why: int
+) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    with stopped_at(0, "before", OSError(why, os.strerror(why))):
+        loaded, state = place.load("alice")
+    assert state == memory(1, 1).data and loaded.used == saved.used
+
+
+def test_a_read_only_store_lists_and_loads(
+    place: DirectoryStore, memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere: the locks are what a read-only disk refuses first."""
+    place.save(place.create("alice"), memory(1, 1))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+    assert [entry.fault for entry in place.entries(verify=True)] == [None]
+    assert place.load("alice")[1] == memory(1, 1).data and place.names("a", 9) == ["alice"]
+    with pytest.raises(LlamamemError, match="Read-only file system"):
+        place.remove("alice")
+
+
+def test_rm_sweeps_what_killed_writers_left(place: DirectoryStore, memory: MakeMemory) -> None:
+    place.save(place.create("alice"), memory(1, 1))
+    place.save(place.create("bob"), memory(1, 1))
+    parts = [place.path / f".{key(name)}-2.state.part" for name in ("alice", "bob", "carol")]
+    for part in parts:
+        part.write_bytes(b"half a memory")
+        os.utime(part, (0, 0))
+    (place.path / f"{key('alice')}-7.state").write_bytes(b"a generation that nobody knows of")
+    place.remove("alice")
+    assert files(place) == sorted([f"{key('bob')}-1.state", f"{key('bob')}.json"])
+
+
+def test_a_generation_before_that_is_damaged_is_not_brought_back(place: DirectoryStore, memory: MakeMemory) -> None:
+    place.save(place.save(place.create("alice"), memory(1, 1)), memory(2, 2))
+    (place.path / f"{key('alice')}-1.state").write_bytes(b"")
+    with pytest.raises(LlamamemError, match=r"generation 1 cannot be brought back: its state is damaged.*2 stays"):
+        place.undo("alice")
+    assert place.load("alice")[0].generation == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(9))
+def test_a_crash_in_an_undo_leaves_a_whole_session(
+    place: DirectoryStore, memory: MakeMemory, step: int, when: str
+) -> None:
+    place.save(place.save(place.create("alice"), memory(1, 1)), memory(2, 2))
+    with pytest.raises(Killed), stopped_at(step, when, Killed()):
+        place.undo("alice")
+    loaded, state = place.load("alice")
+    assert (loaded.generation, state) in ((2, memory(2, 2).data), (3, memory(1, 1).data))
+    assert [entry.fault for entry in place.entries(verify=True)] == [None]
+    assert place.undo("alice").tokens in (1, 2)
+
+
+def test_a_place_for_many_keeps_its_mode(tmp_path: Path) -> None:
+    place = tmp_path / "shared"
+    place.mkdir()
+    place.chmod(0o1777)
+    DirectoryStore(place).create("alice")
+    assert place.stat().st_mode & 0o7777 == 0o1777

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -173,7 +174,9 @@ def test_a_new_chat_after_a_save_does_not_replace_what_the_first_one_told(
     talk(sessions, 0, "this is anna baker")
     first = sessions.save("solo", 0)
     talk(sessions, 0, "a new chat in the same client, and a longer one")
-    with pytest.raises(LlamamemError, match=r"'solo'.*does not begin with those 5 tokens.*nothing was saved.*--force") as told:
+    with pytest.raises(
+        LlamamemError, match=r"'solo'.*does not begin with those 5 tokens.*nothing was saved.*--force"
+    ) as told:
         sessions.save("solo", 0)
     assert (told.value.exit_status, told.value.reason) == (2, "state-continues")
     assert sessions.store.load("solo")[0].generation == first.generation
@@ -348,7 +351,7 @@ def test_rm_empties_the_slot_that_still_holds_the_memory(sessions: Sessions, ser
     talk(sessions, 2, "more")
     sessions.store.remove("alice")
     assert resumed.release(sessions.store.location, "alice") == []
-    assert server.slots[2] .memory == Learnt() and not server.slots[2].given
+    assert server.slots[2].memory == Learnt() and not server.slots[2].given
     assert list((state_dir() / "resumed").glob("*.json")) == []
 
 
@@ -384,7 +387,10 @@ def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
         f"llamamem-{gone}-01234567.state",
         f"anna.bin.{gone}.part",
     ]
-    kept = ["anna.bin", "notes.part", f"llamamem-{os.getpid()}-01234567.state", f"anna.bin.{os.getpid()}.part"]
+    aside = f"llamamem-health-{gone}-fedcba987654-kept.state"
+    (state_dir() / "resumed").mkdir()
+    (state_dir() / "resumed" / "00.health").write_text(json.dumps({"file": aside}))
+    kept = [aside, "anna.bin", "notes.part", f"llamamem-{os.getpid()}-01234567.state", f"anna.bin.{os.getpid()}.part"]
     for name in [*left, *kept, "llamamem-fedcba9876543210.state"]:
         (slots / name).write_bytes(b"")
     for name in [*left, *kept]:
