@@ -23,6 +23,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.findings import quoted
+from llamamem.formats.regular import open_regular
 
 ALIGNMENT = 32
 TYPE_SIZE = {"BF16": 2, "F16": 2, "F32": 4}  # bytes of a value
@@ -95,7 +96,7 @@ def read_gguf_index(path: str | Path) -> GgufIndex:
     """Keys and tensor list of any GGUF file. Raises LlamamemError if it is missing, not GGUF, or damaged."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             at = _Cursor(file, os.fstat(file.fileno()).st_size)
             try:
                 return _read_index(path, at)
@@ -199,9 +200,9 @@ def _refused(reason: str, text: str) -> LlamamemError:
 def _read_whole(path: Path) -> bytes:
     """At once, so that what is checked is what is used."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, or_device=True) as file:
             size = os.fstat(file.fileno()).st_size
-            # memory is taken for all that is asked for: never more than there is, which of a pipe is not known
+            # memory is taken for all that is asked for: never more than there is, which of some files is not known
             pieces = [file.read(size)] if size <= _MAX_FILE else []
             while size <= _MAX_FILE and (piece := file.read(_PIECE)):
                 pieces.append(piece)

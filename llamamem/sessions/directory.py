@@ -26,6 +26,7 @@ import filelock
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.private import flush_directory, private_directory, replace_private
+from llamamem.formats.regular import open_regular
 from llamamem.sessions.session import (
     MISSING,
     WRONG_LENGTH,
@@ -214,7 +215,7 @@ class DirectoryStore:
 
     def _session(self, key: str) -> Session:
         try:
-            session = read_session(self._json(key).read_bytes())
+            session = read_session(_read(self._json(key)))
         except FileNotFoundError:
             raise Damaged("it is half-written or half-removed: its metadata is missing") from None
         except OSError as e:
@@ -227,7 +228,7 @@ class DirectoryStore:
         state = None
         try:
             if session.state_sha256 is not None:
-                state = self._state_path(key, session).read_bytes()
+                state = _read(self._state_path(key, session))
         except FileNotFoundError:
             pass
         except OSError as e:
@@ -338,6 +339,11 @@ class DirectoryStore:
 
 def _key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def _is_whole(name: str) -> bool:
