@@ -488,6 +488,24 @@ def test_an_action_does_not_land_in_the_next_conversation(serve_demo: ServeDemo)
     assert memory_in(running).written > memory.written  # the conversation is in it: the restore did not come after
 
 
+def test_a_request_that_waits_for_a_busy_slot_leaves_the_answer_there_alone(serve_demo: ServeDemo) -> None:
+    """Met as garbled answers of others, and as a failed assertion that ended the server."""
+    running = serve_demo("batched", parallel=2)
+    long = {"prompt": rendered(("this is anna baker.",))[5:], "n_predict": 100, "ignore_eos": True, "temperature": 0}
+    expected = post(running.server.url, "/completion", long | {"cache_prompt": False})[1]["content"]
+    short = {"messages": user("who is anna?"), "temperature": 0, "max_tokens": 6}
+    for text in ("who is anna?", "this is anna baker."):  # now in the prompt cache
+        say(running, text)
+        say(running, "it is cold now. " * 12)
+    for i in range(8):
+        busy = Pending(address(running), "POST", "/completion", long | {"stream": True, "id_slot": i % 2})
+        busy.first()
+        waits = at_once(running, *[("/v1/chat/completions", short | {"id_slot": i % 2})] * 2)
+        assert "".join(event["content"] for event in busy.result().events or []) == expected
+        assert [one.result().status for one in waits] == [200, 200]
+    assert running.server.process.poll() is None
+
+
 def test_an_action_whose_client_gave_up_changes_nothing(serve_demo: ServeDemo) -> None:
     running = serve_demo("batched", parallel=2, ctx_size=4096)
     memory = learnt(running, "this is anna baker.")
