@@ -114,7 +114,8 @@ llama_memory_context_ptr llama_memory_rwkv_ms::init_batch(llama_batch_allocr & b
 
 llama_memory_context_ptr llama_memory_rwkv_ms::init_update(llama_context * lctx, bool optimize) {
     if (!pending.empty()) {
-        llama_synchronize(lctx);
+        // not llama_synchronize, which takes the batch that is about to begin for one that ended
+        ggml_backend_sched_synchronize(lctx->get_sched());
         flush();
     }
 
