@@ -1,4 +1,4 @@
-"""Regular files: a pipe, a device or a directory that stands where a file should is refused, and nobody waits for it."""
+"""Regular files: a pipe, a device or a directory in the place of one is refused, and nobody waits for it."""
 
 from __future__ import annotations
 

@@ -1,21 +1,12 @@
 #include "llama-rwkv-ms-state.h"
 
+#include "llama-rwkv-ms-fs.h"
 #include "llama-rwkv-ms-sha256.h"
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <memory>
-
-#if defined(_WIN32)
-#include <io.h>
-#include <process.h>
-#include <windows.h>
-#else
-#include <fcntl.h>
-#include <unistd.h>
-#endif
 
 static const uint32_t RWKV_MS_TRAILER_VERSION = 1;
 
@@ -29,42 +20,12 @@ struct rwkv_ms_trailer {
 
 static_assert(sizeof(rwkv_ms_trailer) == 48, "the layout is documented");
 
-struct rwkv_ms_file_closer {
-    void operator()(FILE * file) { fclose(file); }
+// llama.cpp's head of a file
+struct rwkv_ms_head {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t n_tokens;
 };
-
-typedef std::unique_ptr<FILE, rwkv_ms_file_closer> rwkv_ms_file_ptr;
-
-static bool rwkv_ms_file_sync(FILE * file) {
-    if (fflush(file) != 0) {
-        return false;
-    }
-#if defined(_WIN32)
-    return _commit(_fileno(file)) == 0;
-#else
-    return fsync(fileno(file)) == 0;
-#endif
-}
-
-static bool rwkv_ms_file_replace(const std::string & from, const std::string & to) {
-#if defined(_WIN32)
-    return MoveFileExA(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) != 0;
-#else
-    if (rename(from.c_str(), to.c_str()) != 0) {
-        return false;
-    }
-    // the new name has to reach the disk too
-    const size_t      slash = to.find_last_of('/');
-    const std::string dir   = slash == std::string::npos ? "." : to.substr(0, slash + 1);
-
-    const int fd = open(dir.c_str(), O_RDONLY);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
-    return true;
-#endif
-}
 
 size_t llama_rwkv_ms_file_write(
         const std::string &          path,
@@ -73,7 +34,7 @@ size_t llama_rwkv_ms_file_write(
         const llama_token *          tokens,
         size_t                       n_tokens,
         const std::vector<uint8_t> & state) {
-    const uint32_t head[3] = { magic, version, (uint32_t) n_tokens };
+    const rwkv_ms_head head = { magic, version, (uint32_t) n_tokens };
 
     rwkv_ms_trailer trailer = {};
     memcpy(trailer.magic, "RMVE", sizeof(trailer.magic));
@@ -81,102 +42,115 @@ size_t llama_rwkv_ms_file_write(
     trailer.n_bytes = sizeof(head) + n_tokens * sizeof(llama_token) + state.size();
 
     llama_rwkv_ms_sha256 hash;
-    hash.update(head, sizeof(head));
+    hash.update(&head, sizeof(head));
     hash.update(tokens, n_tokens * sizeof(llama_token));
     hash.update(state.data(), state.size());
 
     const auto digest = hash.final();
     memcpy(trailer.hash, digest.data(), sizeof(trailer.hash));
 
-#if defined(_WIN32)
-    const std::string part = path + "." + std::to_string(_getpid()) + ".part";
-#else
-    const std::string part = path + "." + std::to_string(getpid()) + ".part";
-#endif
-
-    rwkv_ms_file_ptr file(ggml_fopen(part.c_str(), "wb"));
-
-    const auto write = [&](const void * data, size_t size) {
-        return size == 0 || fwrite(data, 1, size, file.get()) == size;
-    };
-
-    const bool ok = file && write(head, sizeof(head)) && write(tokens, n_tokens * sizeof(llama_token)) &&
-            write(state.data(), state.size()) && write(&trailer, sizeof(trailer)) && rwkv_ms_file_sync(file.get());
-
-    const int err = errno;
-    file.reset();
-
-    if (!ok || !rwkv_ms_file_replace(part, path)) {
-        const std::string what = strerror(ok ? errno : err);
-        remove(part.c_str());
-        llama_rwkv_ms_state_fail("state-unwritable", "'%s' cannot be written: %s", path.c_str(), what.c_str());
+    const std::string err = llama_rwkv_ms_fs_write(path, {
+                                                                 { &head, sizeof(head) },
+                                                                 { tokens, n_tokens * sizeof(llama_token) },
+                                                                 { state.data(), state.size() },
+                                                                 { &trailer, sizeof(trailer) },
+                                                         });
+    if (!err.empty()) {
+        llama_rwkv_ms_state_fail("state-unwritable", "'%s' cannot be written: %s", path.c_str(), err.c_str());
     }
     return trailer.n_bytes + sizeof(trailer);
 }
 
-static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
-    rwkv_ms_file_ptr file(ggml_fopen(path.c_str(), "rb"));
+//
+// reading
+//
+
+llama_rwkv_ms_file::llama_rwkv_ms_file(const std::string & path, uint32_t magic, uint32_t version) : name("'" + path + "'") {
+    uint64_t    n = 0;
+    std::string err;
+
+    file = llama_rwkv_ms_fs_open(path, n, err);
     if (!file) {
-        llama_rwkv_ms_state_fail("state-unreadable", "'%s' cannot be opened: %s", path.c_str(), strerror(errno));
+        llama_rwkv_ms_state_fail("state-unreadable", "%s %s", name.c_str(), err.c_str());
     }
-    std::vector<uint8_t> res;
-    std::vector<uint8_t> buf(4u << 20);
-    size_t               n;
-    while ((n = fread(buf.data(), 1, buf.size(), file.get())) > 0) {
-        res.insert(res.end(), buf.begin(), buf.begin() + n);
+    size = n;
+    check(magic, version);
+}
+
+llama_rwkv_ms_file::llama_rwkv_ms_file(const uint8_t * data, size_t size, uint32_t magic, uint32_t version) :
+    name("the state"), size(size), ram(data) {
+    check(magic, version);
+}
+
+void llama_rwkv_ms_file::read_at(size_t at, void * dst, size_t n) const {
+    if (ram) {
+        memcpy(dst, ram + at, n);
+    } else if (!llama_rwkv_ms_fs_read(file.get(), at, dst, n)) {
+        if (ferror(file.get())) {
+            llama_rwkv_ms_state_fail("state-unreadable", "%s cannot be read: %s", name.c_str(), strerror(errno));
+        }
+        llama_rwkv_ms_state_fail("state-truncated", "%s became shorter while it was read", name.c_str());
     }
-    if (ferror(file.get())) {
-        llama_rwkv_ms_state_fail("state-unreadable", "'%s' cannot be read: %s", path.c_str(), strerror(errno));
+}
+
+// what there is of it, then zeros
+template <typename T>
+static T rwkv_ms_file_peek(const llama_rwkv_ms_file & file, size_t at, size_t end) {
+    T res = {};
+    if (at < end) {
+        file.read_at(at, &res, std::min(sizeof(res), end - at));
     }
     return res;
 }
 
-llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version) {
-    llama_rwkv_ms_file res;
+void llama_rwkv_ms_file::check(uint32_t magic, uint32_t version) {
+    const auto head = rwkv_ms_file_peek<rwkv_ms_head>(*this, 0, size);
 
-    res.data = rwkv_ms_file_load(path);
-
-    uint32_t head[3] = {};
-    memcpy(head, res.data.data(), std::min(res.data.size(), sizeof(head)));
-
-    if (res.data.size() >= 8 && (head[0] != magic || head[1] != version)) {
-        llama_rwkv_ms_state_fail("state-format", "'%s' is not a state file of this kind: it begins with %08x %u, expected %08x %u",
-                path.c_str(), head[0], head[1], magic, version);
+    if (size >= 8 && (head.magic != magic || head.version != version)) {
+        llama_rwkv_ms_state_fail("state-format", "%s is not a state file of this kind: it begins with %08x %u, expected %08x %u",
+                name.c_str(), head.magic, head.version, magic, version);
     }
-    if (res.data.size() < sizeof(head) || head[2] > (res.data.size() - sizeof(head)) / sizeof(llama_token)) {
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' ends within its tokens: save it again", path.c_str());
+    if (size < sizeof(head) || head.n_tokens > (size - sizeof(head)) / sizeof(llama_token)) {
+        llama_rwkv_ms_state_fail("state-truncated", "%s ends within its tokens: save it again", name.c_str());
     }
-
-    res.i_state = sizeof(head) + head[2] * sizeof(llama_token);
-    res.tokens.resize(head[2]);
-    memcpy(res.tokens.data(), res.data.data() + sizeof(head), head[2] * sizeof(llama_token));
+    n_tokens = head.n_tokens;
+    i_state  = sizeof(head) + n_tokens * sizeof(llama_token);
 
     rwkv_ms_trailer trailer = {};
-    if (res.data.size() >= res.i_state + sizeof(trailer)) {
-        memcpy(&trailer, res.data.data() + res.data.size() - sizeof(trailer), sizeof(trailer));
+    if (size >= i_state + sizeof(trailer)) {
+        trailer = rwkv_ms_file_peek<rwkv_ms_trailer>(*this, size - sizeof(trailer), size);
     }
     if (memcmp(trailer.magic, "RMVE", sizeof(trailer.magic)) != 0) {
         // one that was saved without a memory has no trailer; in that of a whole context the architecture comes first
-        const std::string text(res.data.begin() + res.i_state, res.data.begin() + std::min(res.data.size(), res.i_state + 64));
+        std::string text(std::min<size_t>(size - i_state, 64), '\0');
+        read_at(i_state, &text[0], text.size());
         if (text.size() == 64 && text.find("RMVS") == std::string::npos) {
-            llama_rwkv_ms_state_fail("state-no-memory", "'%s' has no memory in it: it was saved without a sidecar", path.c_str());
+            llama_rwkv_ms_state_fail("state-no-memory", "%s has no memory in it: it was saved without a sidecar", name.c_str());
         }
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' does not end with its trailer: it is cut, or something was added", path.c_str());
+        llama_rwkv_ms_state_fail("state-truncated", "%s does not end with its trailer: it is cut, or something was added", name.c_str());
     }
     if (trailer.version != RWKV_MS_TRAILER_VERSION) {
-        llama_rwkv_ms_state_fail("state-version", "'%s' has a trailer of version %u, this build reads %u", path.c_str(), trailer.version,
+        llama_rwkv_ms_state_fail("state-version", "%s has a trailer of version %u, this build reads %u", name.c_str(), trailer.version,
                 RWKV_MS_TRAILER_VERSION);
     }
-    if (trailer.n_bytes != res.data.size() - sizeof(trailer)) {
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' has %zu bytes before its trailer, which says %llu", path.c_str(),
-                res.data.size() - sizeof(trailer), (unsigned long long) trailer.n_bytes);
+    if (trailer.n_bytes != size - sizeof(trailer)) {
+        llama_rwkv_ms_state_fail("state-truncated", "%s has %zu bytes before its trailer, which says %llu", name.c_str(),
+                size - sizeof(trailer), (unsigned long long) trailer.n_bytes);
     }
+    n_state = trailer.n_bytes - i_state;
+    memcpy(digest.data(), trailer.hash, sizeof(trailer.hash));
+}
 
-    const auto digest = llama_rwkv_ms_sha256::hash(res.data.data(), trailer.n_bytes);
-    if (memcmp(digest.data(), trailer.hash, sizeof(trailer.hash)) != 0) {
-        llama_rwkv_ms_state_fail("state-checksum", "'%s' does not have its checksum: the file is damaged", path.c_str());
+llama_rwkv_ms_block_header llama_rwkv_ms_file::header(size_t i_block) const {
+    return rwkv_ms_file_peek<llama_rwkv_ms_block_header>(*this, i_state + i_block, i_state + n_state);
+}
+
+std::vector<uint8_t> llama_rwkv_ms_file::read() const {
+    std::vector<uint8_t> res(size);
+    read_at(0, res.data(), size);
+
+    if (llama_rwkv_ms_sha256::hash(res.data(), i_state + n_state) != digest) {
+        llama_rwkv_ms_state_fail("state-checksum", "%s does not have its checksum: the file is damaged", name.c_str());
     }
-
-    res.n_state = trailer.n_bytes - res.i_state;
     return res;
 }

@@ -90,6 +90,54 @@ size_t llama_rwkv_ms_state_save(
     return llama_rwkv_ms_file_write(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, tokens, n_tokens, state);
 }
 
+//
+// loading
+//
+
+static const size_t RWKV_MS_LARGE_FILE = 64u << 20; // bytes
+
+// more than a KV cache of this context has when it is saved: its buffers, and what is noted of each cell in both halves of it
+static size_t rwkv_ms_state_max_kv(const llama_context & ctx) {
+    const auto & cparams = ctx.get_cparams();
+
+    size_t res = (1u << 20) + 2 * (size_t) cparams.n_ctx * (16 + sizeof(llama_seq_id) * cparams.n_seq_max);
+    for (const auto & buf : ctx.get_memory()->memory_breakdown()) {
+        res += buf.second;
+    }
+    return res;
+}
+
+// Of a large file, before its body is read: what it is refused for whatever that holds.
+static void rwkv_ms_state_check_head(const llama_context & ctx, const llama_rwkv_ms_file & file, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    size_t i_block = 0;
+    if (seq_id < 0) {
+        uint32_t n_arch = 0;
+        file.read_at(file.i_state, &n_arch, std::min(file.n_state, sizeof(n_arch)));
+        i_block = sizeof(n_arch) + (size_t) n_arch;
+    }
+
+    const auto   header   = file.header(i_block);
+    const size_t n_before = i_block + sizeof(header);
+
+    llama_rwkv_ms_block_check_head(*ctx.get_model().rwkv_ms, header, file.n_state > n_before ? file.n_state - n_before : 0,
+            llama_rwkv_ms_block_kind_of(seq_id, flags), seq_id < 0 ? ctx.get_cparams().n_seq_max : 1);
+
+    if (header.n_bytes_kv > rwkv_ms_state_max_kv(ctx)) {
+        llama_rwkv_ms_state_fail("state-kv", "%s has a KV cache of %llu bytes, which is more than this context has", file.name.c_str(),
+                (unsigned long long) header.n_bytes_kv);
+    }
+}
+
+static void rwkv_ms_state_check_tokens(const llama_rwkv_ms_file & file, uint32_t kind, size_t n_capacity) {
+    if (file.n_tokens > n_capacity) {
+        llama_rwkv_ms_state_fail("state-kv", "%s has %zu tokens, there is room for %zu", file.name.c_str(), file.n_tokens, n_capacity);
+    }
+    // a sequence is refused for what it is
+    if (kind == LLAMA_RWKV_MS_BLOCK_MEMORY && file.n_tokens > 0) {
+        llama_rwkv_ms_state_fail("state-shape", "%s is a memory alone, and has %zu tokens", file.name.c_str(), file.n_tokens);
+    }
+}
+
 size_t llama_rwkv_ms_state_load(
         llama_context &       ctx,
         const char *          path,
@@ -98,26 +146,31 @@ size_t llama_rwkv_ms_state_load(
         llama_token *         tokens_out,
         size_t                n_capacity,
         size_t *              n_tokens) {
-    auto file = seq_id < 0 ? llama_rwkv_ms_file_read(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION) : llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION);
+    const llama_rwkv_ms_file file(path, seq_id < 0 ? LLAMA_SESSION_MAGIC : LLAMA_STATE_SEQ_MAGIC, seq_id < 0 ? LLAMA_SESSION_VERSION : LLAMA_STATE_SEQ_VERSION);
+
+    const size_t n_room = tokens_out ? n_capacity : SIZE_MAX;
+
+    if (file.size > RWKV_MS_LARGE_FILE) {
+        rwkv_ms_state_check_head(ctx, file, seq_id, flags);
+        rwkv_ms_state_check_tokens(file, llama_rwkv_ms_block_kind_of(seq_id, flags), n_room);
+    }
+    std::vector<uint8_t> bytes = file.read();
 
     if (n_tokens) {
-        *n_tokens = file.tokens.size();
+        *n_tokens = file.n_tokens;
     }
     if (!tokens_out && n_tokens) {
         return file.i_state;
     }
-    if (tokens_out && file.tokens.size() > n_capacity) {
-        llama_rwkv_ms_state_fail("state-kv", "'%s' has %zu tokens, there is room for %zu", path, file.tokens.size(), n_capacity);
-    }
 
-    // a sequence is refused for what it is
     llama_rwkv_ms_block_header header = {};
-    memcpy(&header, file.data.data() + file.i_state, std::min(file.n_state, sizeof(header)));
-    if (header.kind == LLAMA_RWKV_MS_BLOCK_MEMORY && !file.tokens.empty()) {
-        llama_rwkv_ms_state_fail("state-shape", "'%s' is a memory alone, and has %zu tokens", path, file.tokens.size());
-    }
+    memcpy(&header, bytes.data() + file.i_state, std::min(file.n_state, sizeof(header)));
+    rwkv_ms_state_check_tokens(file, header.kind, n_room);
 
-    uint8_t * data = file.data.data() + file.i_state;
+    std::vector<llama_token> tokens(file.n_tokens);
+    memcpy(tokens.data(), bytes.data() + file.i_state - tokens.size() * sizeof(llama_token), tokens.size() * sizeof(llama_token));
+
+    uint8_t * data = bytes.data() + file.i_state;
     size_t    size = file.n_state;
     size_t    n;
     if (seq_id < 0) {
@@ -136,9 +189,9 @@ size_t llama_rwkv_ms_state_load(
     }
 
     if (tokens_out) {
-        std::copy(file.tokens.begin(), file.tokens.end(), tokens_out);
+        std::copy(tokens.begin(), tokens.end(), tokens_out);
     }
-    return file.data.size();
+    return file.size;
 }
 
 //

@@ -5,7 +5,9 @@
 // Everything is checked before anything is changed. What is refused is one line with its reason in brackets.
 
 #include "llama-impl.h"
+#include "llama-rwkv-ms-fs.h"
 #include "llama-rwkv-ms-impl.h"
+#include "llama-rwkv-ms-sha256.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -74,6 +76,9 @@ uint64_t llama_rwkv_ms_block_n_cells(const llama_rwkv_ms_block_header & header);
 // fails unless the header is one of the given kind for this model and n_cells sequences
 void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint32_t kind, uint32_t n_cells);
 
+// fails unless n_rest bytes follow this header, as it says; then of the same things as the one above
+void llama_rwkv_ms_block_check_head(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells);
+
 // fails unless header and cells have the checksum, and the cells can be ones
 void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, const std::vector<float> & cells);
 
@@ -103,16 +108,36 @@ size_t llama_rwkv_ms_file_write(
         size_t                       n_tokens,
         const std::vector<uint8_t> & state);
 
+// A file that is open, or its bytes in RAM: what is around the state is read and checked, the state itself is not read yet.
+// Fails if it is no such file, or cut.
 struct llama_rwkv_ms_file {
-    std::vector<uint8_t>     data;   // the whole file
-    std::vector<llama_token> tokens;
+    llama_rwkv_ms_file(const std::string & path, uint32_t magic, uint32_t version);
+    llama_rwkv_ms_file(const uint8_t * data, size_t size, uint32_t magic, uint32_t version);
 
-    size_t i_state = 0; // where the state begins
-    size_t n_state = 0; // bytes of it, without the trailer
+    // of the block, which begins i_block bytes after the state does; zeros where the file ends before
+    llama_rwkv_ms_block_header header(size_t i_block) const;
+
+    // the whole file; fails if it was changed
+    std::vector<uint8_t> read() const;
+
+    // fails if there are no n bytes
+    void read_at(size_t at, void * dst, size_t n) const;
+
+    std::string name; // for messages
+
+    size_t size     = 0; // bytes
+    size_t n_tokens = 0;
+    size_t i_state  = 0; // where the state begins
+    size_t n_state  = 0; // bytes of it, without the trailer
+
+private:
+    void check(uint32_t magic, uint32_t version);
+
+    llama_rwkv_ms_fs_ptr file;
+    const uint8_t *      ram = nullptr;
+
+    llama_rwkv_ms_sha256::digest digest = {}; // that the trailer has
 };
-
-// Reads and checks all that is around the state: fails if it is no such file, cut, or changed.
-llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version);
 
 // A file of a sequence, or of the whole context with seq_id -1. They fail with nothing changed, or return its bytes.
 // Without tokens_out only the number of tokens is read.
