@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from llamamem.cli.session import ApiKey, Run, SlotDir, Url
+from llamamem.cli.session import ApiKey, Run, Url
 from llamamem.errors import LlamamemError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def register(app: typer.Typer) -> None:
 def health(
     run: Run = None,
     url: Url = None,
-    slot_dir: SlotDir = None,
+    slot_dir: Annotated[Path | None, typer.Option(help="That server's --slot-save-path.")] = None,
     model: Annotated[Path | None, typer.Option(help="That server's base GGUF.")] = None,
     sidecar: Annotated[Path | None, typer.Option(help="That server's sidecar.")] = None,
     log: Annotated[Path | None, typer.Option(help="That server's log.")] = None,
@@ -48,10 +49,11 @@ def health(
 ) -> None:
     """Prove by behaviour that the memory of a running server is live, complete, isolated and restorable.
 
-    Uses slot 0 and puts back what it held; run it when nobody else talks to that slot. Without --run or --url: the only
-    server that `llamamem serve` started.
+    Uses a slot that holds nothing, or puts back what it held, also when it is ended by Ctrl-C, SIGTERM or SIGHUP; after
+    a SIGKILL the next run does. Without --run or --url: the only server that `llamamem serve` started.
 
-    Exit status: 0 all checks hold, 1 some fail, 2 it could not be run. With --watch that of the last report.
+    Exit status: 0 all checks hold, 1 some fail, 2 it could not be run, 128 and its number after a signal. With --watch
+    that of the last report.
     """
     from llamamem.formats.health import check_output, withdraw_health, write_health
     from llamamem.proof.health import check_health, find_target
@@ -62,28 +64,56 @@ def health(
     key = api_key.split(",")[0] if api_key else None
     status = 2
     try:
-        while True:
-            try:
-                with _progress() as (on_check, on_hash):
-                    report = check_health(target, api_key=key, timeout=timeout, progress=on_hash, on_check=on_check)
-            except LlamamemError:
+        with _ended_in_order():
+            while True:
+                try:
+                    with _progress() as (on_check, on_hash):
+                        report = check_health(target, api_key=key, timeout=timeout, progress=on_hash, on_check=on_check)
+                except LlamamemError:
+                    if output is not None:
+                        withdraw_health(output)
+                    raise
+                status = 0 if report.ok else 1
                 if output is not None:
-                    withdraw_health(output)
-                raise
-            status = 0 if report.ok else 1
-            if output is not None:
-                write_health(report, output)
-            if as_json:
-                print(report.model_dump_json(), flush=True)
-            else:
-                print_report(report, Console(highlight=False))
-            if watch is None:
-                break
-            time.sleep(watch)
-    except KeyboardInterrupt:
-        if watch is None:
-            status = 130  # as a shell has it for Ctrl-C
+                    write_health(report, output)
+                if as_json:
+                    print(report.model_dump_json(), flush=True)
+                else:
+                    print_report(report, Console(highlight=False))
+                if watch is None:
+                    break
+                time.sleep(watch)
+    except _Ended as end:
+        if watch is None or end.number != signal.SIGINT:
+            status = 128 + end.number  # as a shell has it
     raise typer.Exit(status)
+
+
+class _Ended(BaseException):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Raises _Ended once for the signals that ask for an end; more of them do not disturb what is being put back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def end(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Ended(number)
+
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
 
 
 def print_report(report: HealthReport, console: Console) -> None:

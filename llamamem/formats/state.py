@@ -35,6 +35,7 @@ from llamamem.formats.state_block import (
     MEMORY,
     ORIGINS,
     SEQUENCE,
+    SETTING,
     STATE_REASONS,
     TRAILER,
     VERSION,
@@ -53,16 +54,35 @@ __all__ = [
     "SEQUENCE",
     "STATE_REASONS",
     "Identity",
+    "Setting",
     "State",
+    "decode_state",
     "encode_state",
     "identity_of",
+    "origin_sha256",
     "read_state",
     "write_state",
 ]
 
+_VALUES = 12 + 320  # bytes before the values of a memory alone: the heads of file and block
 _MAX_LAPS = 1 << 24  # f32 counts no further by ones
 _MAX_PERIOD = _MAX_STATE = 1 << 24  # as a sidecar's
+_SETTING = struct.Struct("<fIQ")
+_FLAGS = {
+    SEQUENCE: MADE_BY_TOOL | ORIGINS | SETTING,
+    CONTEXT: MADE_BY_TOOL | ORIGINS,
+    CHECKPOINT: MADE_BY_TOOL | ORIGINS | SETTING,
+    MEMORY: MADE_BY_TOOL,
+}
 _LIMITS = {"layers": 4096, "heads": 64, "states": 1024, "rank": 256, "chunk": 1 << 24, "semantics": 2}
+
+
+class Setting(NamedTuple):
+    """What a text was computed under: only read, a factor of the deltas, a hash of the scales of LoRA adapters."""
+
+    scale: float
+    frozen: bool
+    lora: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +105,7 @@ class State:
     token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # i32 [n]
     architecture: str = ""  # of a whole context
     kv_bytes: int = 0
+    setting: Setting | None = None  # that the text was computed under; None: the default
     origin_tokens: np.ndarray | None = None  # int64 [cells, layers]: tokens written to what each started with
     path: Path | None = None
     size: int = 0  # bytes of the file
@@ -173,6 +194,23 @@ def read_state(
     except LlamamemError as e:
         raise _of_file(path, e) from None
     return replace(state, path=path)
+
+
+def decode_state(data: bytes, *, identity: Identity | None = None) -> State:
+    """The same checks of the bytes of a file of kind 4, a memory alone, that came some other way."""
+    try:
+        return _check(read_raw(io.BytesIO(data), len(data)), None, identity, (MEMORY,))
+    except LlamamemError as e:
+        raise LlamamemError(f"[{e.reason}] {e}", reason=e.reason) from None
+
+
+def origin_sha256(data: bytes) -> str | None:
+    """What a server calls the memory of such a file, of which a text begins: the hash of its values alone.
+
+    None for the empty memory. `data` is that of a file that was checked.
+    """
+    values = data[_VALUES : -TRAILER.size]
+    return hashlib.sha256(values).hexdigest() if any(values) else None
 
 
 def write_state(path: str | Path, state: State) -> State:
@@ -276,11 +314,17 @@ def _check_shape(header: Header, n_tokens: int, sidecar: Sidecar | None) -> None
         raise refused("state-shape", f"cells is {header.cells}, impossible for kind '{KINDS[header.kind]}'")
     if header.kind == MEMORY and (n_tokens or header.kv_bytes):
         raise refused("state-shape", "is a memory alone, and yet has token ids or a KV cache")
-    if header.flags & ~(MADE_BY_TOOL if header.kind == MEMORY else MADE_BY_TOOL | ORIGINS) or any(header.reserved):
+    if header.flags & ~_FLAGS[header.kind] or any(header.reserved):
         raise refused("state-shape", f"flags is {header.flags:#x}, impossible for kind '{KINDS[header.kind]}'")
-    text, _, rest = header.provenance.partition(b"\0")
-    if any(rest) or not _is_utf8(text) or (text and not header.flags & MADE_BY_TOOL):
-        raise refused("state-shape", f"has a provenance where none may be: {quoted(text.decode(errors='replace'))}")
+    if header.flags & SETTING:
+        scale, frozen, _ = _SETTING.unpack_from(header.provenance)
+        known = np.isfinite(scale) and frozen <= 1 and not any(header.provenance[_SETTING.size :])
+        if not known or header.flags & MADE_BY_TOOL:
+            raise refused("state-shape", "has a setting that cannot be one")
+    else:
+        text, _, rest = header.provenance.partition(b"\0")
+        if any(rest) or not _is_utf8(text) or (text and not header.flags & MADE_BY_TOOL):
+            raise refused("state-shape", f"has a provenance where none may be: {quoted(text.decode(errors='replace'))}")
     if sidecar is not None:
         want = {name: getattr(sidecar, name) for name in _LIMITS if name != "layers"} | {"layers": len(sidecar.layers)}
         for name in _LIMITS:
@@ -312,7 +356,8 @@ def _state(raw: RawState) -> State:
         base_sha256=header.base.hex(),
         kind=header.kind,
         flags=header.flags,
-        provenance=header.provenance.rstrip(b"\0").decode(),
+        provenance="" if header.flags & SETTING else header.provenance.rstrip(b"\0").decode(),
+        setting=_setting(header),
         token_ids=_text(np.frombuffer(raw.token_ids, "<i4").astype(np.int32)),
         architecture=raw.architecture,
         kv_bytes=header.kv_bytes,
@@ -320,6 +365,13 @@ def _state(raw: RawState) -> State:
         size=raw.size,
         sha256=raw.sha256,
     )
+
+
+def _setting(header: Header) -> Setting | None:
+    if not header.flags & SETTING:
+        return None
+    scale, frozen, lora = _SETTING.unpack_from(header.provenance)
+    return Setting(scale, bool(frozen), lora)
 
 
 def _text(ids: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ from llamamem.formats.regular import open_regular
 
 SEQUENCE, CONTEXT, CHECKPOINT, MEMORY = 1, 2, 3, 4
 KINDS = {SEQUENCE: "sequence", CONTEXT: "context", CHECKPOINT: "checkpoint", MEMORY: "memory"}
-MADE_BY_TOOL, ORIGINS = 1, 2  # flags: computed from other states; the cells are followed by what they started with
+# flags: computed from other states; the cells are followed by what they started with; a setting for a provenance
+MADE_BY_TOOL, ORIGINS, SETTING = 1, 2, 4
 
 # in the order of the checks, with the meaning in short
 STATE_REASONS = {
@@ -75,7 +76,7 @@ class Header:
     reserved: bytes = bytes(4)
     sidecar: bytes
     base: bytes
-    provenance: bytes = b""  # padded with zeros to 128 bytes
+    provenance: bytes = b""  # padded with zeros to 128 bytes; with SETTING f32 scale, u32 frozen, u64 hash of LoRAs
 
     def pack(self) -> bytes:
         return _HEADER.pack(*astuple(self))

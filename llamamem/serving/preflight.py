@@ -23,6 +23,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from llamamem.errors import LlamamemError
 from llamamem.formats.base import base_faults, read_base
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
+from llamamem.formats.private import private_directory
 from llamamem.formats.sidecar import Sidecar, read_sidecar
 from llamamem.formats.sidecar_base import hash_fault, model_faults
 from llamamem.native import vendor
@@ -75,7 +76,7 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     check_slot_dir(plan.slot_dir)
     check_port(plan.host, plan.port)
     header = {key: field.value for key, field in index.fields.items()}
-    warnings = check_memory(plan, header, refuse=memory_check and on_cpu)
+    warnings = (*check_memory(plan, header, refuse=memory_check and on_cpu), *check_open(plan))
     if sidecar is None or plan.sidecar is None:
         return Checked(None, None, warnings)
     base_sha256 = file_sha256(plan.model, progress)
@@ -155,11 +156,23 @@ def check_slot_dir(slot_dir: Path | None) -> None:
     if slot_dir is None:
         return
     try:
-        slot_dir.mkdir(parents=True, exist_ok=True)
+        private_directory(slot_dir)
         with tempfile.TemporaryFile(dir=slot_dir):
             pass
     except OSError as e:
         raise LlamamemError(f"--slot-dir {slot_dir}: not writable ({e.strerror}); give a directory of yours") from e
+
+
+def check_open(plan: Plan) -> tuple[str, ...]:
+    """A warning when everybody who reaches the machine gets at the memories."""
+    local = plan.host == "localhost" or plan.host.startswith("127.") or plan.host.strip("[]") == "::1"
+    given = {arg.partition("=")[0] for arg in plan.extra} & {"--api-key", "--api-key-file"}
+    if local or given or os.environ.get("LLAMA_API_KEY") or "LLAMA_ARG_API_KEY_FILE" in dict(plan.env):
+        return ()
+    return (
+        f"--host {plan.host} and no key: whoever reaches this machine can read, change and reset every memory that is"
+        " served; give a key with `-- --api-key KEY`, or leave --host out",
+    )
 
 
 def check_port(host: str, port: int) -> None:

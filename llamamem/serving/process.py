@@ -24,6 +24,7 @@ import httpx
 import psutil
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.private import private_directory
 from llamamem.formats.run import RunRecord, redacted, runs_dir, write_run
 from llamamem.serving.child import die_with, signal_group, terminate
 from llamamem.serving.preflight import Checked, check_port
@@ -220,7 +221,7 @@ def launch(
     started = time.time()
     process = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        private_directory(directory)
         with filelock.FileLock(directory / ".lock", timeout=30):  # of two with one name, one is told
             prune_runs(directory)
             if other := [run for run in live_runs(starting=True, directory=directory) if run.name == name]:
@@ -269,7 +270,7 @@ def launch(
 
 
 def _start(plan: Plan, run_id: str, log_path: Path) -> subprocess.Popen[bytes]:
-    with open(log_path, "xb") as log:
+    with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as log:
         # also the proof, before anything starts, that the log can be written
         log.write(f"llamamem: run {run_id}\n".encode())
         log.flush()

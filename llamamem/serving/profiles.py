@@ -165,11 +165,18 @@ def make_plan(
         argv += ["--ctx-size", str(ctx_size)]
     if slot_dir is not None:
         argv += ["--slot-save-path", str(slot_dir)]
-    argv += [*chosen.flags, *extra]
+    argv += chosen.flags
+    if chosen.memory and not _names_origins(extra, environ):
+        argv += ["--cors-origins", "localhost"]  # any web page that is open on this machine could read a memory else
+    argv += extra
     env = tuple(sorted((name, value) for name, value in environ.items() if name.startswith("LLAMA_ARG_")))
     return Plan(
         chosen.name, tuple(argv), env, bin_dir, model, sidecar, slot_dir, host, port, parallel, ctx_size, tuple(extra)
     )
+
+
+def _names_origins(extra: Sequence[str], environ: Mapping[str, str]) -> bool:
+    return any(arg.partition("=")[0] == "--cors-origins" for arg in extra) or "LLAMA_ARG_CORS_ORIGINS" in environ
 
 
 def _choose(name: str | None, sidecar: Path | None) -> Profile:

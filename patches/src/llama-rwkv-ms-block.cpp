@@ -1,6 +1,7 @@
 #include "llama-rwkv-ms-state.h"
 
 #include "llama-rwkv-ms-gguf.h"
+#include "llama-rwkv-ms-sha256.h"
 
 #include "ggml-rwkv-ms.h"
 
@@ -58,11 +59,12 @@ uint64_t llama_rwkv_ms_block_n_cells(const llama_rwkv_ms_block_header & header) 
 }
 
 std::vector<uint8_t> llama_rwkv_ms_block_write(
-        const llama_rwkv_ms &      weights,
-        uint32_t                   kind,
-        const std::vector<float> & cells,
-        const std::vector<float> & origins,
-        uint64_t                   n_bytes_kv) {
+        const llama_rwkv_ms &         weights,
+        uint32_t                      kind,
+        const std::vector<float> &    cells,
+        const std::vector<float> &    origins,
+        const llama_rwkv_ms_setting & setting,
+        uint64_t                      n_bytes_kv) {
     GGML_ASSERT(origins.empty() || origins.size() == cells.size());
 
     auto header = rwkv_ms_block_header_init(weights);
@@ -71,6 +73,11 @@ std::vector<uint8_t> llama_rwkv_ms_block_write(
     header.n_cells    = cells.size() / ((size_t) header.n_layer * header.n_cell);
     header.n_bytes_kv = n_bytes_kv;
     header.flags      = origins.empty() ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN;
+
+    if (setting.scale != 1.0f || setting.frozen != 0 || setting.tag != 0) {
+        header.flags |= LLAMA_RWKV_MS_BLOCK_SETTING;
+        memcpy(header.note, &setting, sizeof(setting));
+    }
 
     std::vector<float> all = cells;
     all.insert(all.end(), origins.begin(), origins.end());
@@ -100,8 +107,30 @@ static void rwkv_ms_block_check_version(const llama_rwkv_ms_block_header & heade
     }
 }
 
+static_assert(sizeof(llama_rwkv_ms_setting) == 16, "the layout is documented");
+
+llama_rwkv_ms_setting llama_rwkv_ms_block_setting(const llama_rwkv_ms_block_header & header) {
+    llama_rwkv_ms_setting res;
+    if (header.flags & LLAMA_RWKV_MS_BLOCK_SETTING) {
+        memcpy(&res, header.note, sizeof(res));
+    }
+    return res;
+}
+
+// a setting and then zeros
+static bool rwkv_ms_setting_check(const llama_rwkv_ms_block_header & header) {
+    const auto setting = llama_rwkv_ms_block_setting(header);
+
+    return (header.flags & LLAMA_RWKV_MS_BLOCK_DERIVED) == 0 && std::isfinite(setting.scale) && setting.frozen <= 1 &&
+            std::all_of(header.note + sizeof(setting), header.note + sizeof(header.note), [](char c) { return c == 0; });
+}
+
 // a text in UTF-8 and then zeros; none unless a tool made the state
 static bool rwkv_ms_note_check(const llama_rwkv_ms_block_header & header) {
+    if (header.flags & LLAMA_RWKV_MS_BLOCK_SETTING) {
+        return rwkv_ms_setting_check(header);
+    }
+
     const std::string note(header.note, sizeof(header.note));
     const size_t      n = header.flags & LLAMA_RWKV_MS_BLOCK_DERIVED ? std::min(note.find('\0'), note.size()) : 0;
 
@@ -126,7 +155,9 @@ void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_m
         llama_rwkv_ms_state_fail("state-shape", "the state has %u sequences, expected %u", header.n_cells, n_cells);
     }
 
-    const uint32_t flags = LLAMA_RWKV_MS_BLOCK_DERIVED | (kind == LLAMA_RWKV_MS_BLOCK_MEMORY ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN);
+    const uint32_t flags = LLAMA_RWKV_MS_BLOCK_DERIVED |
+            (kind == LLAMA_RWKV_MS_BLOCK_MEMORY ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN) |
+            (kind == LLAMA_RWKV_MS_BLOCK_SEQ || kind == LLAMA_RWKV_MS_BLOCK_PARTIAL ? LLAMA_RWKV_MS_BLOCK_SETTING : 0);
 
     if (header.n_layer != expected.n_layer || header.n_head != expected.n_head || header.n_state != expected.n_state || header.rank != expected.rank ||
             header.n_chunk != expected.n_chunk || header.semantics != expected.semantics || header.n_cell != expected.n_cell ||
@@ -161,6 +192,11 @@ void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_
 
     if (memcmp(digest.data(), header.checksum, sizeof(header.checksum)) != 0) {
         llama_rwkv_ms_state_fail("state-checksum", "the memory does not have its checksum: the state is damaged");
+    }
+
+    // a checkpoint never leaves RAM: it brings back what was there, and what is not finite ends that text
+    if (header.kind == LLAMA_RWKV_MS_BLOCK_PARTIAL) {
+        return;
     }
 
     const size_t n_cell = (size_t) header.n_layer * header.n_cell;

@@ -5,10 +5,19 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
 
 static const uint32_t RWKV_MS_TRAILER_VERSION = 1;
+
+static const size_t RWKV_MS_LARGE_FILE = 64u << 20; // bytes
+static const size_t RWKV_MS_FILE_PEEK  = 4096;      // bytes of the state that are looked at before the rest
+
+// llama.cpp's, of a file
+struct rwkv_ms_head {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t n_tokens;
+};
 
 // what ends a file
 struct rwkv_ms_trailer {
@@ -20,12 +29,30 @@ struct rwkv_ms_trailer {
 
 static_assert(sizeof(rwkv_ms_trailer) == 48, "the layout is documented");
 
-// llama.cpp's head of a file
-struct rwkv_ms_head {
-    uint32_t magic;
-    uint32_t version;
-    uint32_t n_tokens;
-};
+std::vector<uint8_t> llama_rwkv_ms_file_pack(uint32_t magic, uint32_t version, const llama_token * tokens, size_t n_tokens, const std::vector<uint8_t> & state) {
+    const rwkv_ms_head head = { magic, version, (uint32_t) n_tokens };
+
+    std::vector<uint8_t> res;
+
+    const auto write = [&](const void * data, size_t size) {
+        res.insert(res.end(), (const uint8_t *) data, (const uint8_t *) data + size);
+    };
+
+    write(&head, sizeof(head));
+    write(tokens, n_tokens * sizeof(llama_token));
+    write(state.data(), state.size());
+
+    rwkv_ms_trailer trailer = {};
+    memcpy(trailer.magic, "RMVE", sizeof(trailer.magic));
+    trailer.version = RWKV_MS_TRAILER_VERSION;
+    trailer.n_bytes = res.size();
+
+    const auto digest = llama_rwkv_ms_sha256::hash(res.data(), res.size());
+    memcpy(trailer.hash, digest.data(), sizeof(trailer.hash));
+
+    write(&trailer, sizeof(trailer));
+    return res;
+}
 
 size_t llama_rwkv_ms_file_write(
         const std::string &          path,
@@ -34,123 +61,120 @@ size_t llama_rwkv_ms_file_write(
         const llama_token *          tokens,
         size_t                       n_tokens,
         const std::vector<uint8_t> & state) {
-    const rwkv_ms_head head = { magic, version, (uint32_t) n_tokens };
+    const auto data = llama_rwkv_ms_file_pack(magic, version, tokens, n_tokens, state);
 
-    rwkv_ms_trailer trailer = {};
-    memcpy(trailer.magic, "RMVE", sizeof(trailer.magic));
-    trailer.version = RWKV_MS_TRAILER_VERSION;
-    trailer.n_bytes = sizeof(head) + n_tokens * sizeof(llama_token) + state.size();
-
-    llama_rwkv_ms_sha256 hash;
-    hash.update(&head, sizeof(head));
-    hash.update(tokens, n_tokens * sizeof(llama_token));
-    hash.update(state.data(), state.size());
-
-    const auto digest = hash.final();
-    memcpy(trailer.hash, digest.data(), sizeof(trailer.hash));
-
-    const std::string err = llama_rwkv_ms_fs_write(path, {
-                                                                 { &head, sizeof(head) },
-                                                                 { tokens, n_tokens * sizeof(llama_token) },
-                                                                 { state.data(), state.size() },
-                                                                 { &trailer, sizeof(trailer) },
-                                                         });
+    const std::string err = llama_rwkv_ms_fs_write(path, data.data(), data.size());
     if (!err.empty()) {
         llama_rwkv_ms_state_fail("state-unwritable", "'%s' cannot be written: %s", path.c_str(), err.c_str());
     }
-    return trailer.n_bytes + sizeof(trailer);
+    return data.size();
 }
 
 //
 // reading
 //
 
-llama_rwkv_ms_file::llama_rwkv_ms_file(const std::string & path, uint32_t magic, uint32_t version) : name("'" + path + "'") {
-    uint64_t    n = 0;
-    std::string err;
+// what surrounds the state in a file
+struct rwkv_ms_frame {
+    size_t n_tokens = 0;
+    size_t i_state  = 0;
+    size_t n_state  = 0;
 
-    file = llama_rwkv_ms_fs_open(path, n, err);
+    uint8_t hash[32] = {}; // of all before the trailer
+};
+
+// read_at(at, dst, n): n bytes of the size that there are
+template <typename F>
+static rwkv_ms_frame rwkv_ms_frame_read(const char * name, size_t size, uint32_t magic, uint32_t version, const F & read_at) {
+    rwkv_ms_frame res;
+
+    rwkv_ms_head head = {};
+    read_at(0, &head, std::min(size, sizeof(head)));
+
+    if (size >= 8 && (head.magic != magic || head.version != version)) {
+        llama_rwkv_ms_state_fail("state-format", "%s is not a state file of this kind: it begins with %08x %u, expected %08x %u",
+                name, head.magic, head.version, magic, version);
+    }
+    if (size < sizeof(head) || head.n_tokens > (size - sizeof(head)) / sizeof(llama_token)) {
+        llama_rwkv_ms_state_fail("state-truncated", "%s ends within its tokens: save it again", name);
+    }
+    res.n_tokens = head.n_tokens;
+    res.i_state  = sizeof(head) + res.n_tokens * sizeof(llama_token);
+
+    rwkv_ms_trailer trailer = {};
+    if (size >= res.i_state + sizeof(trailer)) {
+        read_at(size - sizeof(trailer), &trailer, sizeof(trailer));
+    }
+    if (memcmp(trailer.magic, "RMVE", sizeof(trailer.magic)) != 0) {
+        // one that was saved without a memory has no trailer; in that of a whole context the architecture comes first
+        std::string text(std::min<size_t>(size - res.i_state, 64), '\0');
+        read_at(res.i_state, &text[0], text.size());
+        if (text.size() == 64 && text.find("RMVS") == std::string::npos) {
+            llama_rwkv_ms_state_fail("state-no-memory", "%s has no memory in it: it was saved without a sidecar", name);
+        }
+        llama_rwkv_ms_state_fail("state-truncated", "%s does not end with its trailer: it is cut, or something was added", name);
+    }
+    if (trailer.version != RWKV_MS_TRAILER_VERSION) {
+        llama_rwkv_ms_state_fail("state-version", "%s has a trailer of version %u, this build reads %u", name, trailer.version,
+                RWKV_MS_TRAILER_VERSION);
+    }
+    if (trailer.n_bytes != size - sizeof(trailer)) {
+        llama_rwkv_ms_state_fail("state-truncated", "%s has %zu bytes before its trailer, which says %llu", name,
+                size - sizeof(trailer), (unsigned long long) trailer.n_bytes);
+    }
+    res.n_state = trailer.n_bytes - res.i_state;
+    memcpy(res.hash, trailer.hash, sizeof(res.hash));
+    return res;
+}
+
+llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version, const llama_rwkv_ms_file_check & check) {
+    const std::string name = "'" + path + "'";
+
+    uint64_t    size = 0;
+    std::string err;
+    const auto  file = llama_rwkv_ms_fs_open(path, size, err);
     if (!file) {
         llama_rwkv_ms_state_fail("state-unreadable", "%s %s", name.c_str(), err.c_str());
     }
-    size = n;
-    check(magic, version);
-}
 
-llama_rwkv_ms_file::llama_rwkv_ms_file(const uint8_t * data, size_t size, uint32_t magic, uint32_t version) :
-    name("the state"), size(size), ram(data) {
-    check(magic, version);
-}
-
-void llama_rwkv_ms_file::read_at(size_t at, void * dst, size_t n) const {
-    if (ram) {
-        memcpy(dst, ram + at, n);
-    } else if (!llama_rwkv_ms_fs_read(file.get(), at, dst, n)) {
+    const auto read_at = [&](size_t at, void * dst, size_t n) {
+        if (llama_rwkv_ms_fs_read(file.get(), at, dst, n)) {
+            return;
+        }
         if (ferror(file.get())) {
             llama_rwkv_ms_state_fail("state-unreadable", "%s cannot be read: %s", name.c_str(), strerror(errno));
         }
         llama_rwkv_ms_state_fail("state-truncated", "%s became shorter while it was read", name.c_str());
+    };
+    const auto frame = rwkv_ms_frame_read(name.c_str(), size, magic, version, read_at);
+
+    if (size > RWKV_MS_LARGE_FILE) {
+        std::vector<uint8_t> begin(std::min(frame.n_state, RWKV_MS_FILE_PEEK));
+        read_at(frame.i_state, begin.data(), begin.size());
+        check(begin.data(), begin.size(), frame.n_state, frame.n_tokens);
     }
+
+    std::vector<uint8_t> data(size);
+    read_at(0, data.data(), data.size());
+    return llama_rwkv_ms_file_parse(std::move(data), name, magic, version);
 }
 
-// what there is of it, then zeros
-template <typename T>
-static T rwkv_ms_file_peek(const llama_rwkv_ms_file & file, size_t at, size_t end) {
-    T res = {};
-    if (at < end) {
-        file.read_at(at, &res, std::min(sizeof(res), end - at));
-    }
-    return res;
-}
+llama_rwkv_ms_file llama_rwkv_ms_file_parse(std::vector<uint8_t> data, const std::string & name, uint32_t magic, uint32_t version) {
+    const auto frame = rwkv_ms_frame_read(name.c_str(), data.size(), magic, version, [&](size_t at, void * dst, size_t n) {
+        std::copy_n(data.begin() + at, n, (uint8_t *) dst);
+    });
 
-void llama_rwkv_ms_file::check(uint32_t magic, uint32_t version) {
-    const auto head = rwkv_ms_file_peek<rwkv_ms_head>(*this, 0, size);
-
-    if (size >= 8 && (head.magic != magic || head.version != version)) {
-        llama_rwkv_ms_state_fail("state-format", "%s is not a state file of this kind: it begins with %08x %u, expected %08x %u",
-                name.c_str(), head.magic, head.version, magic, version);
-    }
-    if (size < sizeof(head) || head.n_tokens > (size - sizeof(head)) / sizeof(llama_token)) {
-        llama_rwkv_ms_state_fail("state-truncated", "%s ends within its tokens: save it again", name.c_str());
-    }
-    n_tokens = head.n_tokens;
-    i_state  = sizeof(head) + n_tokens * sizeof(llama_token);
-
-    rwkv_ms_trailer trailer = {};
-    if (size >= i_state + sizeof(trailer)) {
-        trailer = rwkv_ms_file_peek<rwkv_ms_trailer>(*this, size - sizeof(trailer), size);
-    }
-    if (memcmp(trailer.magic, "RMVE", sizeof(trailer.magic)) != 0) {
-        // one that was saved without a memory has no trailer; in that of a whole context the architecture comes first
-        std::string text(std::min<size_t>(size - i_state, 64), '\0');
-        read_at(i_state, &text[0], text.size());
-        if (text.size() == 64 && text.find("RMVS") == std::string::npos) {
-            llama_rwkv_ms_state_fail("state-no-memory", "%s has no memory in it: it was saved without a sidecar", name.c_str());
-        }
-        llama_rwkv_ms_state_fail("state-truncated", "%s does not end with its trailer: it is cut, or something was added", name.c_str());
-    }
-    if (trailer.version != RWKV_MS_TRAILER_VERSION) {
-        llama_rwkv_ms_state_fail("state-version", "%s has a trailer of version %u, this build reads %u", name.c_str(), trailer.version,
-                RWKV_MS_TRAILER_VERSION);
-    }
-    if (trailer.n_bytes != size - sizeof(trailer)) {
-        llama_rwkv_ms_state_fail("state-truncated", "%s has %zu bytes before its trailer, which says %llu", name.c_str(),
-                size - sizeof(trailer), (unsigned long long) trailer.n_bytes);
-    }
-    n_state = trailer.n_bytes - i_state;
-    memcpy(digest.data(), trailer.hash, sizeof(trailer.hash));
-}
-
-llama_rwkv_ms_block_header llama_rwkv_ms_file::header(size_t i_block) const {
-    return rwkv_ms_file_peek<llama_rwkv_ms_block_header>(*this, i_state + i_block, i_state + n_state);
-}
-
-std::vector<uint8_t> llama_rwkv_ms_file::read() const {
-    std::vector<uint8_t> res(size);
-    read_at(0, res.data(), size);
-
-    if (llama_rwkv_ms_sha256::hash(res.data(), i_state + n_state) != digest) {
+    const auto digest = llama_rwkv_ms_sha256::hash(data.data(), frame.i_state + frame.n_state);
+    if (memcmp(digest.data(), frame.hash, sizeof(frame.hash)) != 0) {
         llama_rwkv_ms_state_fail("state-checksum", "%s does not have its checksum: the file is damaged", name.c_str());
     }
+
+    llama_rwkv_ms_file res;
+
+    res.i_state = frame.i_state;
+    res.n_state = frame.n_state;
+    res.tokens.resize(frame.n_tokens);
+    memcpy(res.tokens.data(), data.data() + sizeof(rwkv_ms_head), frame.n_tokens * sizeof(llama_token));
+    res.data = std::move(data);
     return res;
 }

@@ -167,7 +167,7 @@ static bool rwkv_ms_fs_replace(const std::string & from, const std::string & to,
 #endif
 }
 
-std::string llama_rwkv_ms_fs_write(const std::string & path, const std::vector<std::pair<const void *, size_t>> & pieces) {
+std::string llama_rwkv_ms_fs_write(const std::string & path, const void * data, size_t size) {
     const std::string dir = rwkv_ms_fs_dir(path);
 #if !defined(_WIN32)
     rwkv_ms_fs_sweep(dir);
@@ -179,13 +179,8 @@ std::string llama_rwkv_ms_fs_write(const std::string & path, const std::vector<s
         return strerror(errno);
     }
 
-    bool ok = true;
-    for (const auto & [data, size] : pieces) {
-        ok = ok && (size == 0 || fwrite(data, 1, size, file.get()) == size);
-    }
-    ok = ok && rwkv_ms_fs_sync(file.get());
-
-    const int err = errno;
+    const bool ok  = fwrite(data, 1, size, file.get()) == size && rwkv_ms_fs_sync(file.get());
+    const int  err = errno;
     file.reset();
 
     if (ok && rwkv_ms_fs_replace(part, path, dir)) {

@@ -8,8 +8,6 @@
 #include <cstdio>
 #include <memory>
 #include <string>
-#include <utility>
-#include <vector>
 
 struct llama_rwkv_ms_fs_closer {
     void operator()(FILE * file) const { fclose(file); }
@@ -23,6 +21,6 @@ llama_rwkv_ms_fs_ptr llama_rwkv_ms_fs_open(const std::string & path, uint64_t & 
 // false: it has no n bytes there, or ferror
 bool llama_rwkv_ms_fs_read(FILE * file, uint64_t at, void * data, size_t n);
 
-// Pieces (data, bytes) one after the other, written beside the target, flushed to disk and renamed; "" or what went wrong, and
-// then a file that was there is whole. What killed processes left in the directory is removed.
-std::string llama_rwkv_ms_fs_write(const std::string & path, const std::vector<std::pair<const void *, size_t>> & pieces);
+// Written beside the target, flushed to disk and renamed; "" or what went wrong, and then a file that was there is whole. What
+// killed processes left in the directory is removed.
+std::string llama_rwkv_ms_fs_write(const std::string & path, const void * data, size_t size);

@@ -28,7 +28,7 @@ static std::string read_all(const fs::path & path) {
 }
 
 static std::string write(const fs::path & path, const std::string & text) {
-    return llama_rwkv_ms_fs_write(path.string(), { { text.data(), text.size() } });
+    return llama_rwkv_ms_fs_write(path.string(), text.data(), text.size());
 }
 
 static int mode_of(const fs::path & path) {

@@ -88,6 +88,10 @@ static void test_checkpoint(llama_model * model) {
     CHECK(max_diff(want, got) < 2e-2);
 }
 
+static bool has_origin(llama_context * ctx, llama_seq_id seq_id) {
+    return llama_rwkv_ms_seq_get_origin(ctx, seq_id, nullptr);
+}
+
 // A memory alone: the text goes, the memory stays; what is returned to when text is removed, and what drops it.
 static void test_memory_only(llama_model * model) {
     ctx_ptr ctx = ctx_init(model, 2, true);
@@ -103,9 +107,9 @@ static void test_memory_only(llama_model * model) {
 
     // into another sequence that has text
     CHECK(decode(ctx.get(), text(1, 30, 2)) == 0);
-    CHECK(!llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(!has_origin(ctx.get(), 1));
     CHECK(llama_state_seq_set_data_ext(ctx.get(), data.data(), data.size(), 1, flags) == data.size());
-    CHECK(llama_memory_seq_pos_max(mem, 1) == -1 && llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(llama_memory_seq_pos_max(mem, 1) == -1 && has_origin(ctx.get(), 1));
     CHECK(max_diff(remembered, state(ctx.get(), 1)) == 0.0);
 
     // the server's first step with an empty sequence changes nothing
@@ -127,7 +131,7 @@ static void test_memory_only(llama_model * model) {
     CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 1) == seq.size());
     CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
     CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size(), 0) == seq.size());
-    CHECK(llama_rwkv_ms_seq_has_origin(ctx.get(), 0) && llama_memory_seq_pos_max(mem, 0) == 19);
+    CHECK(has_origin(ctx.get(), 0) && llama_memory_seq_pos_max(mem, 0) == 19);
     CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
     CHECK(max_diff(remembered, state(ctx.get(), 0)) == 0.0);
 
@@ -137,18 +141,16 @@ static void test_memory_only(llama_model * model) {
     CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
     CHECK(max_diff(remembered, state(ctx.get(), 0)) == 0.0);
 
-    // text alone removed, memory alone emptied
-    const auto now = state(ctx.get(), 1);
-    CHECK(llama_rwkv_ms_seq_rm_text(ctx.get(), 1));
-    CHECK(max_diff(now, state(ctx.get(), 1)) == 0.0 && llama_memory_seq_pos_max(mem, 1) == -1);
+    // memory alone emptied
     CHECK(llama_rwkv_ms_seq_reset(ctx.get(), 1));
-    CHECK(is_zero(state(ctx.get(), 1)) && !llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(is_zero(state(ctx.get(), 1)) && !has_origin(ctx.get(), 1) && llama_memory_seq_pos_max(mem, 1) == 19);
+    CHECK(llama_memory_seq_rm(mem, 1, -1, -1));
     CHECK(decode(ctx.get(), text(1, 20, 3), &blank) == 0);
     CHECK(max_diff(first, blank) > 1e-3);
 
     // dropped: nothing is left
     CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
-    CHECK(is_zero(state(ctx.get(), 0)) && !llama_rwkv_ms_seq_has_origin(ctx.get(), 0));
+    CHECK(is_zero(state(ctx.get(), 0)) && !has_origin(ctx.get(), 0));
 }
 
 static std::vector<std::vector<float>> rows(const std::vector<std::vector<float>> & x, size_t i0, size_t i1) {

@@ -134,10 +134,13 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
             resumed = printed("session", "resume", "anna", "--slot", "0", *store)
             traced = [printed("trace", "compare", trace)]
             saved = printed("session", "save", "anna", "--slot", "0", *store)
-            listed = printed("session", "list", *store)
+            listed = [printed("session", "list", *store), printed("session", "list", "--limit", "1", *store)]
+            history = printed("session", "history", "anna", *store)
+            undone = printed("session", "undo", "anna", *store)
+            printed("session", "undo", "anna", *store)
             health = printed("health")
             ps = printed("ps")
-            (slots / "anna.bin").write_bytes(next((tmp_path / "store").glob("*.state")).read_bytes())
+            (slots / "anna.bin").write_bytes(next((tmp_path / "store").glob("*-3.state")).read_bytes())
             pruned = printed("session", "prune", "--older-than", "0m", *store)
             stopped = printed("stop", "mine")
             assert launcher.wait(30) == 0
@@ -156,7 +159,9 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
         session_start=[started],
         session_resume=[resumed],
         session_save=[saved],
-        session_list=[listed],
+        session_list=listed,
+        session_history=[history],
+        session_undo=[undone],
         session_prune=[pruned],
         state_show=[printed(*state), printed(*state, "--sidecar", sidecar)],
         state_diff=[printed("state", "diff", anna, anna)],

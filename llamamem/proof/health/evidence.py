@@ -37,7 +37,7 @@ class Evidence:
     target: Target
     reference: Trace | None = None
     progress: Progress | None = None  # of hashing the base
-    kept: SlotProbe | None = None  # slot 0, while what it holds is kept aside
+    kept: SlotProbe | None = None  # the slot that is tested, while what it holds is kept aside
     unkept: Fails | None = None  # why it is not
     hung: str | None = None  # the check in which the server did not answer in time
 
@@ -88,11 +88,11 @@ class Evidence:
 
     @property
     def slot(self) -> SlotProbe:
-        """Slot 0, for a check that needs a memory in it."""
+        """The slot, for a check that needs a memory in it."""
         _ = self.memory
         self.answers()
         if self.kept is None:
-            raise self.unkept or Fails("slot 0 cannot be used")
+            raise self.unkept or Fails("no slot can be used")
         return self.kept
 
     def answers(self) -> None:

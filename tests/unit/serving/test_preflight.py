@@ -120,6 +120,25 @@ def test_a_slot_directory_that_cannot_be_written(case: Case) -> None:
     assert f"--slot-dir {file}" in refusal(case.plan(slot_dir=file))
 
 
+def test_the_slot_directory_is_the_owners_alone_also_one_that_was_there(case: Case) -> None:
+    slots = case.directory / "slots"
+    slots.mkdir()
+    slots.chmod(0o755)
+    preflight.check(case.plan(slot_dir=slots))
+    assert slots.stat().st_mode & 0o077 == 0
+
+
+def test_a_server_for_everybody_without_a_key_is_warned_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    (warning,) = preflight.check_open(case.plan(host="0.0.0.0"))
+    assert "--host 0.0.0.0 and no key" in warning and "--api-key" in warning
+    assert preflight.check_open(case.plan(host="0.0.0.0", extra=["--api-key", "x"])) == ()
+    assert preflight.check_open(case.plan(host="0.0.0.0", extra=["--api-key-file=x"])) == ()
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert preflight.check_open(case.plan(host=host)) == ()
+    monkeypatch.setenv("LLAMA_API_KEY", "x")
+    assert preflight.check_open(case.plan(host="0.0.0.0")) == ()
+
+
 def test_options_in_a_config_file_are_refused_as_on_the_command_line(case: Case) -> None:
     config = Path(os.environ["XDG_CONFIG_HOME"]) / "llama.cpp" / "config.ini"
     config.parent.mkdir(parents=True)

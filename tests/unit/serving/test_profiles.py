@@ -181,3 +181,10 @@ def test_a_table_that_contradicts_itself_is_refused(table: Any, tmp_path: Path, 
     with pytest.raises(LlamamemError) as caught:
         read_profiles(path)
     assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_web_pages_of_other_origins_are_kept_out_of_a_server_with_a_memory() -> None:
+    assert value(plan(sidecar=SIDECAR).argv, "--cors-origins") == "localhost"
+    mine = plan(sidecar=SIDECAR, extra=["--cors-origins", "https://chat.example"]).argv
+    assert value(mine, "--cors-origins") == "https://chat.example"
+    assert "--cors-origins" not in plan(sidecar=SIDECAR, environ={"LLAMA_ARG_CORS_ORIGINS": "*"}).argv
