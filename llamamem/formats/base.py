@@ -83,7 +83,7 @@ def file_sha256(path: str | Path, progress: Callable[[int], None] | None = None)
     """SHA-256 of a file in hex, read in pieces; `progress` is told the bytes of each."""
     digest = hashlib.sha256()
     try:
-        with open_regular(Path(path)) as file:
+        with open_regular(path) as file:
             while piece := file.read(4 << 20):
                 digest.update(piece)
                 if progress is not None:

@@ -1,4 +1,4 @@
-"""Regular files alone: a FIFO would be waited for without an end, and a device read without one."""
+"""Regular files: a pipe, a device or a directory in the place of one is refused, and nobody waits for it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def open_regular(path: Path, *, or_device: bool = False) -> BinaryIO:
-    """For reading. Raises OSError for anything that is not a file, before a byte of it is read.
+class NotRegular(OSError):
+    """What stands there is no file: a pipe, a device, a socket."""
 
-    `or_device` is for who reads no more than a bound of it.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file to read its bytes. Raises OSError, also for what is no file: with a text for that, and at once."""
+    # a pipe without a writer is opened only by who says that it will not wait
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not (stat.S_ISREG(mode) or (or_device and stat.S_ISCHR(mode))):
-            raise OSError(errno.EINVAL, "it is not a file", str(path))
+        if not stat.S_ISREG(mode):
+            raise NotRegular(errno.EINVAL, "not a regular file", str(path))
         return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
         raise
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """All of a file that has at most so many bytes. Raises OSError, of a larger one before anything is read."""
+    with open_regular(path) as file:
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None or len(data) > most:
+        raise OSError(errno.EFBIG, f"has over {most} bytes", str(path))
+    return data

@@ -26,7 +26,7 @@ import filelock
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.private import flush_directory, private_directory, replace_private
-from llamamem.formats.regular import open_regular
+from llamamem.formats.regular import read_regular
 from llamamem.sessions.session import (
     MISSING,
     WRONG_LENGTH,
@@ -50,6 +50,7 @@ from llamamem.sessions.session import (
 
 _FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(?P<kind>\.json|-(?P<generation>[0-9]+)\.state)(?(part)\.part)")
 _KEY = re.compile(r"[0-9a-f]{64}")
+_MAX_JSON = 1 << 20  # bytes of metadata, which has some hundred
 _LOCK_TIMEOUT = 60.0  # seconds; a change takes milliseconds
 _LEFT = 60.0  # seconds, after which a half-written file is one that a killed process left
 
@@ -215,7 +216,7 @@ class DirectoryStore:
 
     def _session(self, key: str) -> Session:
         try:
-            session = read_session(_read(self._json(key)))
+            session = read_session(read_regular(self._json(key), _MAX_JSON))
         except FileNotFoundError:
             raise Damaged("it is half-written or half-removed: its metadata is missing") from None
         except OSError as e:
@@ -228,7 +229,7 @@ class DirectoryStore:
         state = None
         try:
             if session.state_sha256 is not None:
-                state = _read(self._state_path(key, session))
+                state = read_regular(self._state_path(key, session), session.n_bytes)
         except FileNotFoundError:
             pass
         except OSError as e:
@@ -339,11 +340,6 @@ class DirectoryStore:
 
 def _key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    with open_regular(path) as file:
-        return file.read()
 
 
 def _is_whole(name: str) -> bool:
