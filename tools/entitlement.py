@@ -31,7 +31,7 @@ from entitled.fresh import Reference
 from entitled.memory import EMPTY, PLAIN, Setting, distance, with_values
 from entitled.oracle import Oracle
 from entitled.routes import rendered
-from entitled.steps import Step
+from entitled.steps import Step, Together
 from entitled.wire import HttpServer, NoAnswer
 
 from llamamem.errors import LlamamemError
@@ -96,12 +96,23 @@ class Session:
         while size and time.monotonic() < until:
             at, before = 0, len(fault.history)
             while at < len(fault.history) and time.monotonic() < until:
-                shorter = fault.history[:at] + fault.history[at + size :]
-                if (found := self.again(fault, shorter)) is None:
-                    at += size
-                else:
-                    fault.history, fault.what = shorter[: found[0]], found[1]
+                at += 0 if self.shorter(fault, fault.history[:at] + fault.history[at + size :]) else size
             size = size // 2 if size > 1 or len(fault.history) == before else 1
+        for at in range(len(fault.history) - 1, -1, -1):
+            while at < len(fault.history) and time.monotonic() < until:
+                if not any(
+                    self.shorter(fault, [*fault.history[:at], fewer, *fault.history[at + 1 :]])
+                    for fewer in without_one(fault.history[at])
+                ):
+                    break
+
+    def shorter(self, fault: Fault, history: list[Step]) -> bool:
+        """Whether something is wrong in that history too, which is then the fault; a short one is told three times."""
+        for _ in range(3 if len(history) <= 6 else 1):
+            if found := self.again(fault, history):
+                fault.history, fault.what = history[: found[0]], found[1]
+                return True
+        return False
 
     def again(self, fault: Fault, history: list[Step]) -> tuple[int, str] | None:
         """Tells a history anew: after how many steps something was wrong, and what."""
@@ -133,6 +144,12 @@ class Fault:
         steps = "\n".join(f"  {i + 1:>3}  {step}" for i, step in enumerate(self.history))
         log = f"\n\nthe server's log ends:\n{self.log}" if self.log else ""
         return f"WRONG: {self.what}\nhistory since the start with {self.extra}:\n{steps}{log}"
+
+
+def without_one(step: Step) -> list[Step]:
+    """A step of several requests, without each of them in turn."""
+    asks = step.asks if isinstance(step, Together) else ()
+    return [Together(asks[:i] + asks[i + 1 :]) for i in range(len(asks))] if len(asks) > 1 else []
 
 
 def spread(reference: Reference, rng: random.Random) -> tuple[float, float]:

@@ -410,7 +410,9 @@ def test_a_memory_of_huge_values_harms_nobody_after_it(serve_demo: ServeDemo, ex
             path = "/v1/chat/completions"
             body = {"messages": user("who is anna? " + "it is cold now. " * 9), "temperature": 0, "max_tokens": 6}
             carried = {"rwkv_ms": {"memory": poisoned.base64, "return_memory": True}}
-            found = [post(running.server.url, path, body | carried)]
+            found = [post(running.server.url, path, body | carried | {"id_slot": 0})]
+            assert longs(running) == expected  # at once, and where it ran
+            found.append(post(running.server.url, path, body | carried))
             if post(running.server.url, "/slots/0?action=memory-restore", {"memory": poisoned.base64})[0] == 200:
                 found.append(post(running.server.url, path, body | {"id_slot": 0}))
                 saved = post(running.server.url, "/slots/0?action=memory-save", {"return_memory": True})
@@ -486,6 +488,29 @@ def test_an_action_does_not_land_in_the_next_conversation(serve_demo: ServeDemo)
     assert restored.result().status == 200
     assert answered.result().body["choices"][0]["message"]["content"].strip() == "that is anna baker."
     assert memory_in(running).written > memory.written  # the conversation is in it: the restore did not come after
+
+
+def test_a_request_that_waits_for_a_busy_slot_leaves_the_answer_there_alone(serve_demo: ServeDemo) -> None:
+    """Met as garbled answers of others, and as a failed assertion that ended the server."""
+    running = serve_demo("batched", parallel=2)
+    long = {"prompt": rendered(("this is anna baker.",))[5:], "n_predict": 100, "ignore_eos": True, "temperature": 0}
+
+    def answer(slot: int, *waiting: dict[str, Any]) -> tuple[str, list[int]]:
+        act(running, slot, "erase")
+        busy = Pending(address(running), "POST", "/completion", long | {"stream": True, "id_slot": slot})
+        busy.first()
+        waits = at_once(running, *[("/v1/chat/completions", body | {"id_slot": slot}) for body in waiting])
+        said = "".join(event["content"] for event in busy.result().events or [])
+        return said, [one.result().status for one in waits]
+
+    short = {"messages": user("who is anna?"), "temperature": 0, "max_tokens": 6}
+    for text in ("who is anna?", "this is anna baker."):  # now in the prompt cache
+        say(running, text)
+        say(running, "it is cold now. " * 12)
+    expected = answer(0)[0]
+    for i in range(8):
+        assert answer(i % 2, short, short) == (expected, [200, 200])
+    assert running.server.process.poll() is None
 
 
 def test_an_action_whose_client_gave_up_changes_nothing(serve_demo: ServeDemo) -> None:

@@ -25,6 +25,7 @@ class Own:
     text: tuple[int, ...] = ()
     read: Setting = PLAIN
     given: bool | None = False  # None: the contract leaves it open
+    named: bool = False  # by a request that was written, or by a restore; else it shows whose text is in it by chance
 
     @property
     def continues(self) -> dict[str, Any]:
@@ -33,7 +34,7 @@ class Own:
 
     def after(self, setting: Setting, text: tuple[int, ...]) -> Own:
         """Having answered a request that named it. A memory that was only read is as it was."""
-        return self if setting.frozen else replace(self, text=text, read=setting)
+        return self if setting.frozen else replace(self, text=text, read=setting, named=True)
 
 
 class Run(NamedTuple):
@@ -66,7 +67,7 @@ class Oracle:
         return Run(memory, PLAIN.under(ask.frozen, ask.scale), False)
 
     def restored(self, slot: int, memory: Memory) -> None:
-        self.own[slot] = Own(origin=memory, given=bool(memory.origin) or None)
+        self.own[slot] = Own(origin=memory, given=bool(memory.origin) or None, named=True)
 
     def emptied(self, slot: int) -> None:
         """By memory-reset and erase."""
