@@ -220,9 +220,17 @@ static void test_copied_stream(llama_model * model) {
             llama_memory_seq_cp(mem, 0, 1, -1, -1);
 
             std::vector<uint8_t> source(llama_state_seq_get_size(ctx.get(), 0)), copy(llama_state_seq_get_size(ctx.get(), 1));
-            CHECK(llama_state_seq_get_data(ctx.get(), source.data(), source.size(), 0) == copy.size());
             CHECK(llama_state_seq_get_data(ctx.get(), copy.data(), copy.size(), 1) == copy.size());
-            CHECK(std::equal(source.begin() + 8, source.end(), copy.begin() + 8)); // but for the sequence
+            CHECK(llama_state_seq_get_data(ctx.get(), source.data(), source.size(), 0) == source.size());
+
+            std::vector<std::vector<float>> of_source, of_copy;
+            for (const bool is_source : { false, true }) {
+                ctx_ptr      fresh = ctx_init(model, 2, false);
+                const auto & data  = is_source ? source : copy;
+                CHECK(llama_state_seq_set_data(fresh.get(), data.data(), data.size(), 0) == data.size());
+                CHECK(decode(fresh.get(), text(0, 20, 4, 70), is_source ? &of_source : &of_copy) == 0);
+            }
+            CHECK(max_diff(of_source, of_copy) == 0.0);
 
             llama_memory_seq_cp(mem, 0, 1, -1, -1);
             llama_memory_seq_rm(mem, 1, -1, -1);
