@@ -18,6 +18,7 @@ from llamamem.formats.demo_files import demo_files
 from llamamem.formats.run import RunRecord, state_dir
 from llamamem.native.build import Build, find_build
 from llamamem.serving.foreground import STOPPED, Signals, StopRequested, serve_foreground
+from llamamem.serving.machine import processors
 from llamamem.serving.preflight import Checked, check
 from llamamem.serving.profiles import Plan, make_plan
 
@@ -81,6 +82,7 @@ def serve(
         host=host,
         port=port,
         slot_dir=slot_dir.absolute() if slot_dir else None,
+        threads=ours.usable if (ours := processors()).limit else None,
         extra=context.args,
     )
     if dry_run:

@@ -152,7 +152,8 @@ class Client:
             reason = _message(response.json())
         except ValueError:
             reason = None
-        return LlamamemError(f"{self.url}: {what} answered {response.status_code}: {reason or response.text[:200]}")
+        said = f"{self.url}: {what} answered {response.status_code}: {reason or response.text[:200]}"
+        return LlamamemError(f"{said}; give its key with --api-key" if response.status_code == 401 else said)
 
     def _unreachable(self, what: str, error: httpx.TransportError) -> LlamamemError:
         return LlamamemError(f"{self.url}: {what} failed ({type(error).__name__}: {error}); is the server running?")

@@ -27,8 +27,10 @@ from llamamem.formats.sidecar import Sidecar, read_sidecar
 from llamamem.formats.sidecar_base import hash_fault, model_faults
 from llamamem.native import vendor
 from llamamem.native.build import ask_identity
+from llamamem.native.cpu import check_cpu
 from llamamem.serving.digests import Progress, file_sha256
-from llamamem.serving.profiles import PROFILES, Plan, owner_of, owner_of_variable
+from llamamem.serving.machine import available_memory, processors
+from llamamem.serving.profiles import PROFILES, Plan, asked_threads, owner_of, owner_of_variable
 from llamamem.serving.runs import live_runs
 
 __all__ = ["Checked", "check", "file_sha256", "memory_need"]
@@ -75,7 +77,7 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     check_slot_dir(plan.slot_dir)
     check_port(plan.host, plan.port)
     header = {key: field.value for key, field in index.fields.items()}
-    warnings = check_memory(plan, header, refuse=memory_check and on_cpu)
+    warnings = check_threads(plan) + check_memory(plan, header, refuse=memory_check and on_cpu)
     if sidecar is None or plan.sidecar is None:
         return Checked(None, None, warnings)
     base_sha256 = file_sha256(plan.model, progress)
@@ -98,6 +100,7 @@ def check_binary(bin_dir: Path) -> None:
     binary = bin_dir / "llama-server"
     if not binary.is_file():
         raise LlamamemError(f"{binary}: no such binary; run `llamamem build`, or point --bin-dir at a build")
+    check_cpu(bin_dir)
     if not os.access(binary, os.X_OK):
         raise LlamamemError(f"{binary}: is not executable; run `chmod +x` on it, or `llamamem build` again")
     said, wanted = ask_identity(bin_dir), vendor.identity()
@@ -196,13 +199,25 @@ def _listener(port: int) -> str:
     return ""
 
 
+def check_threads(plan: Plan) -> tuple[str, ...]:
+    """A thread without a processor spins, and each token waits for the slowest one."""
+    ours = processors()
+    asked = asked_threads(plan.argv, dict(plan.env)) or ""
+    if not asked.isdecimal() or int(asked) <= ours.usable:
+        return ()
+    by = f" ({ours.limit})" if ours.limit else ""
+    return (f"--threads {asked}: {ours.usable} may be used here{by}; more only wait for each other",)
+
+
 def check_memory(plan: Plan, header: dict[str, Any], *, refuse: bool = True) -> tuple[str, ...]:
     """Weights + KV + sidecar against the memory that is available now: refused under 1.0x, a warning under 1.2x."""
     need = memory_need(plan, header)
-    available = psutil.virtual_memory().available
+    available, counted_by = available_memory()
     if available >= 1.2 * need:
         return ()
-    found = f"about {need / 2**30:.1f} GiB are needed for weights and KV cache, {available / 2**30:.1f} GiB are free"
+    found = (
+        f"about {need / 2**30:.1f} GiB are needed for weights and KV cache, {available / 2**30:.1f} GiB {counted_by}"
+    )
     if available < need and refuse:
         raise LlamamemError(f"{plan.model}: {found}; give a smaller --ctx-size, or --no-memory-check to try anyway")
     return (f"{plan.model}: {found}; a smaller --ctx-size needs less",)

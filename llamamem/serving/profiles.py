@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,10 +138,13 @@ def make_plan(
     host: str = "127.0.0.1",
     port: int = 8080,
     slot_dir: Path | None = None,
+    threads: int | None = None,
     extra: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Plan:
     """The command line of a run. Without a sidecar the profile is `base`, with one it is `serial` unless named.
+
+    `threads` is for a machine that is not all ours: whoever sets them in `extra` or `environ` wins.
 
     Raises LlamamemError for a contradiction: an unknown profile, a profile without its sidecar (or the reverse), more
     slots than the profile has, an owned option in `extra` or `environ`.
@@ -165,11 +169,19 @@ def make_plan(
         argv += ["--ctx-size", str(ctx_size)]
     if slot_dir is not None:
         argv += ["--slot-save-path", str(slot_dir)]
+    if threads is not None and asked_threads(extra, environ) is None:
+        argv += ["--threads", str(threads)]
     argv += [*chosen.flags, *extra]
     env = tuple(sorted((name, value) for name, value in environ.items() if name.startswith("LLAMA_ARG_")))
     return Plan(
         chosen.name, tuple(argv), env, bin_dir, model, sidecar, slot_dir, host, port, parallel, ctx_size, tuple(extra)
     )
+
+
+def asked_threads(extra: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    """What `extra`, else `environ`, gives llama-server as its number of threads."""
+    given = [value for arg, value in pairwise(extra) if arg in ("-t", "--threads")]
+    return given[-1] if given else environ.get("LLAMA_ARG_THREADS")
 
 
 def _choose(name: str | None, sidecar: Path | None) -> Profile:
