@@ -21,13 +21,14 @@ import psutil
 from gguf.constants import GGML_QUANT_SIZES
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import base_faults, read_base
+from llamamem.formats.base import base_faults, base_files, base_indexes, read_base
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
 from llamamem.formats.sidecar import Sidecar, read_sidecar
 from llamamem.formats.sidecar_base import hash_fault, model_faults
 from llamamem.native import vendor
 from llamamem.native.build import ask_identity
 from llamamem.native.cpu import check_cpu
+from llamamem.serving import digests
 from llamamem.serving.digests import Progress, file_sha256
 from llamamem.serving.machine import available_memory, processors
 from llamamem.serving.profiles import PROFILES, Plan, asked_threads, owner_of, owner_of_variable
@@ -66,7 +67,8 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     check_binary(plan.bin_dir)
     with _saying("base {}"):
         index = read_gguf_index(plan.model)
-        check_whole(index)
+        for part in base_indexes(index):
+            check_whole(part)
     sidecar = None
     if plan.sidecar is not None:
         with _saying(f"sidecar {{}}; `llamamem sidecar validate {plan.sidecar}` names every fault"):
@@ -80,9 +82,10 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     warnings = check_threads(plan) + check_memory(plan, header, refuse=memory_check and on_cpu)
     if sidecar is None or plan.sidecar is None:
         return Checked(None, None, warnings)
-    base_sha256 = file_sha256(plan.model, progress)
+    base_sha256 = digests.base_sha256(plan.model, progress)
     if base_sha256 != sidecar.base_sha256:
-        raise hash_fault(plan.sidecar, sidecar.base_sha256, plan.model, base_sha256)
+        fault = hash_fault(plan.sidecar, sidecar.base_sha256, plan.model, base_sha256)
+        raise LlamamemError(f"[{fault.reason}] {fault}", reason=fault.reason)
     return Checked(base_sha256, file_sha256(plan.sidecar), warnings)
 
 
@@ -225,7 +228,8 @@ def check_memory(plan: Plan, header: dict[str, Any], *, refuse: bool = True) -> 
 
 def memory_need(plan: Plan, header: dict[str, Any]) -> int:
     """Bytes, an estimate. The KV cache is counted as llama.cpp's sliding-window cache allocates it."""
-    weights = plan.model.stat().st_size + (plan.sidecar.stat().st_size if plan.sidecar else 0)
+    parts = base_files(read_gguf_index(plan.model)) if "split.count" in header else [plan.model]
+    weights = sum(part.stat().st_size for part in parts) + (plan.sidecar.stat().st_size if plan.sidecar else 0)
     arch = header.get("general.architecture", "")
 
     def field(name: str, default: Any = 0) -> Any:

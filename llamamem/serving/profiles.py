@@ -54,12 +54,16 @@ class Profile(BaseModel):
 
 
 class Table(BaseModel):
-    """The whole of profiles.json: the options by key, groups of them, and the profiles, which own groups."""
+    """The whole of profiles.json: the options by key, groups of them, and the profiles, which own groups.
+
+    `gone` are options that llama-server had, and what replaced them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["llamamem_profiles.v1"]
     options: dict[str, Option]
+    gone: dict[str, str]
     groups: dict[str, tuple[str, ...]]
     profiles: dict[str, Profile]
 
@@ -159,6 +163,8 @@ def make_plan(
     if "," in host or host.endswith(".sock"):
         raise LlamamemError(f"--host {host}: one TCP address is supported; give a single one, such as 127.0.0.1")
     refuse_owned(chosen, extra, environ)
+    if gone := [f"{arg} (now `{_TABLE.gone[arg]}`)" for arg in extra if arg in _TABLE.gone]:
+        raise LlamamemError(f"llama-server has no such option any more: {', '.join(gone)}")
 
     argv = [str(bin_dir / "llama-server"), "--model", str(model), "--host", host, "--port", str(port)]
     if sidecar is not None:
