@@ -103,13 +103,17 @@ def health(
 
 
 def _probe(run: str | None, url: str | None, api_key: str | None, timeout: float, as_json: bool) -> NoReturn:
-    from llamamem.serving.probe import probe
+    from llamamem.serving.probe import ProbeReport, probe
+    from llamamem.serving.runs import live_runs
     from llamamem.serving.target import open_target
 
-    client, record = open_target(run, url, api_key, timeout=timeout)
-    with client:
-        report = probe(client, record)
-    print(json.dumps(report.as_dict()) if as_json else f"{report.url}: {report.detail}")
+    if run is None and url is None and not live_runs():
+        report = ProbeReport(False, None, "no server runs")
+    else:
+        client, record = open_target(run, url, api_key, timeout=timeout)
+        with client:
+            report = probe(client, record)
+    print(json.dumps(report.as_dict()) if as_json else ": ".join(filter(None, (report.url, report.detail))))
     raise typer.Exit(0 if report.ok else 1)
 
 

@@ -40,6 +40,8 @@ def _find_home() -> None:
     home = os.path.expanduser("~")
     if not hasattr(os, "getuid") or home not in ("~", "/", "/nonexistent") or os.access(home, os.W_OK):
         return
+    if home == "~":
+        os.environ["HOME"] = "/nonexistent"  # or what is meant for it would go to a directory named `~`
     with contextlib.suppress(OSError):  # whoever needs it says what it cannot write
         own = Path(tempfile.gettempdir()) / f"llamamem-{os.getuid()}"
         own.mkdir(mode=0o700, exist_ok=True)

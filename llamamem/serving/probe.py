@@ -16,10 +16,10 @@ __all__ = ["ProbeReport", "probe"]
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """`detail` says what answers, or what is missing."""
+    """`detail` says what answers, or what is missing; `url` is None when no server runs."""
 
     ok: bool
-    url: str
+    url: str | None
     detail: str
 
     def as_dict(self) -> dict[str, Any]:

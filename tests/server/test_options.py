@@ -1,4 +1,4 @@
-"""What llama-server may be told after `--` beside a memory: right, or refused where it starts. `serve --` owns the rest.
+"""What llama-server may be told after `--` beside a memory: right, or refused where it starts.
 
 A base that is changed (LoRA, control vectors, rope, metadata) and sleep are refused by every profile with a memory:
 tests/unit/serving/test_profiles.py.
@@ -47,9 +47,7 @@ def plain(serve: Serve) -> tuple[list[int], float, int]:
     return answer(serve)
 
 
-def test_options_that_leave_the_answer_and_the_memory_as_they_are(
-    serve: Serve, plain: tuple[list[int], float, int]
-) -> None:
+def test_options_that_change_no_answer_and_no_memory(serve: Serve, plain: tuple[list[int], float, int]) -> None:
     for name, extra in CHANGES_NOTHING.items():
         tokens, _, n_tokens = answer(serve, *extra)
         assert (tokens, n_tokens) == (plain[0], plain[2]), name

@@ -110,7 +110,7 @@ def test_a_user_without_a_home_gets_a_private_directory(
     own.chmod(0o755)  # somebody else's trap
     monkeypatch.setenv("HOME", "before")
     surroundings._find_home()
-    assert os.environ["HOME"] == "before"
+    assert os.environ["HOME"] == ("/nonexistent" if home is None else "before")
 
 
 def test_a_random_uid_without_a_home(tmp_path: Path) -> None:
