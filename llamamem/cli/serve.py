@@ -20,7 +20,7 @@ from llamamem.native.build import Build, find_build
 from llamamem.serving.foreground import STOPPED, Signals, StopRequested, serve_foreground
 from llamamem.serving.machine import processors
 from llamamem.serving.preflight import Checked, check
-from llamamem.serving.profiles import Plan, make_plan
+from llamamem.serving.profiles import PAGE, Plan, make_plan
 
 
 def register(app: typer.Typer) -> None:
@@ -83,6 +83,7 @@ def serve(
         port=port,
         slot_dir=slot_dir.absolute() if slot_dir else None,
         threads=ours.usable if (ours := processors()).limit else None,
+        page=PAGE,
         extra=context.args,
     )
     if dry_run:

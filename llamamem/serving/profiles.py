@@ -143,12 +143,14 @@ def make_plan(
     port: int = 8080,
     slot_dir: Path | None = None,
     threads: int | None = None,
+    page: Path | None = None,
     extra: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Plan:
     """The command line of a run. Without a sidecar the profile is `base`, with one it is `serial` unless named.
 
-    `threads` is for a machine that is not all ours: whoever sets them in `extra` or `environ` wins.
+    `threads` is for a machine that is not all ours, `page` a directory for `GET /`: whoever sets them in `extra` or
+    `environ` wins.
 
     Raises LlamamemError for a contradiction: an unknown profile, a profile without its sidecar (or the reverse), more
     slots than the profile has, an owned option in `extra` or `environ`.
@@ -177,6 +179,8 @@ def make_plan(
         argv += ["--slot-save-path", str(slot_dir)]
     if threads is not None and asked_threads(extra, environ) is None:
         argv += ["--threads", str(threads)]
+    if page is not None and "--path" not in extra and "LLAMA_ARG_STATIC_PATH" not in environ:
+        argv += ["--path", str(page)]
     argv += [*chosen.flags, *extra]
     env = tuple(sorted((name, value) for name, value in environ.items() if name.startswith("LLAMA_ARG_")))
     return Plan(
@@ -256,6 +260,7 @@ def _remedy(key: str) -> str:
     return f"{option.what}: " + (f"allowed by --profile {' or '.join(allowed)}" if allowed else "no profile allows it")
 
 
+PAGE = Path(__file__).with_name("page")  # what `GET /` shows: this build has no page of upstream's
 _TABLE = read_profiles(Path(__file__).with_name("profiles.json"))
 OPTIONS = _TABLE.options
 PROFILES = _TABLE.profiles
