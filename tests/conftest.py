@@ -14,8 +14,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Threads that wait spin: with more of them than idle processors a model of a megabyte takes minutes. Whatever starts here
-# has one thread unless a test says otherwise, and those of a test that does sleep while they wait.
+# Threads that wait spin: with more of them than idle processors a model of a megabyte takes minutes. Whatever starts
+# here has one thread unless a test says otherwise, and those of a test that does sleep while they wait.
 os.environ.setdefault("LLAMA_ARG_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

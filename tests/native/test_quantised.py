@@ -23,8 +23,8 @@ from llamamem.native.runtime import State
 pytestmark = pytest.mark.native
 
 TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_S", "IQ4_NL", "BF16", "F16")
-# Largest difference of a memory's numbers from those on the dequantised base, a part of the largest of them: the products of
-# a quantised base round the activations to 8 bits, whatever the kernel. 0.07 was seen.
+# Largest difference of a memory's numbers from those on the dequantised base, a part of the largest of them: the
+# products of a quantised base round the activations to 8 bits, whatever the kernel. 0.07 was seen.
 ROUNDING = 0.1
 IDS = np.random.default_rng(3).integers(0, 1024, 48)
 
