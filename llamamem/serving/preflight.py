@@ -79,7 +79,9 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     check_slot_dir(plan.slot_dir)
     check_port(plan.host, plan.port)
     header = {key: field.value for key, field in index.fields.items()}
-    warnings = check_threads(plan) + check_memory(plan, header, refuse=memory_check and on_cpu)
+    warnings = (
+        check_threads(plan) + check_context(plan, header) + check_memory(plan, header, refuse=memory_check and on_cpu)
+    )
     if sidecar is None or plan.sidecar is None:
         return Checked(None, None, warnings)
     base_sha256 = digests.base_sha256(plan.model, progress)
@@ -210,6 +212,14 @@ def check_threads(plan: Plan) -> tuple[str, ...]:
         return ()
     by = f" ({ours.limit})" if ours.limit else ""
     return (f"--threads {asked}: {ours.usable} may be used here{by}; more only wait for each other",)
+
+
+def check_context(plan: Plan, header: dict[str, Any]) -> tuple[str, ...]:
+    """llama-server makes a longer context than the model's as long as the model's, and says so in its log alone."""
+    longest = header.get(f"{header.get('general.architecture')}.context_length")
+    if not plan.ctx_size or not isinstance(longest, int) or plan.ctx_size // (plan.parallel or 1) <= longest:
+        return ()
+    return (f"--ctx-size {plan.ctx_size}: the model's context has {longest} tokens, no more are used in a slot",)
 
 
 def check_memory(plan: Plan, header: dict[str, Any], *, refuse: bool = True) -> tuple[str, ...]:

@@ -140,7 +140,7 @@ def test_rebind_between_quantisations(
     q8, q4 = (quantise(small[0], tmp_path / f"{kind}.gguf", kind) for kind in ("Q8_0", "Q4_K_M"))
     first, _ = rebind_sidecar(small[1], q8, tmp_path / "first.gguf")
     done = cli("sidecar", "validate", first.path, "--base", q4)
-    assert done.returncode == 1 and "base-hash" in done.stdout and "sidecar rebind" in done.stdout
+    assert done.returncode == 2 and "base-hash" in done.stdout and "sidecar rebind" in done.stdout
     second, warnings = rebind_sidecar(first.path, q4, tmp_path / "second.gguf")
     assert not warnings and cli("sidecar", "validate", second.path, "--base", q4).returncode == 0
     again, _ = rebind_sidecar(second.path, small[0], tmp_path / "again.gguf")
@@ -181,10 +181,10 @@ def test_a_split_base_is_bound_as_a_whole(
     changed = blobs / f"{len(parts) - 1}abc"
     changed.write_bytes(changed.read_bytes()[:-1] + b"\x55")
     done = cli("sidecar", "validate", sidecar.path, "--base", snapshot / first.name)
-    assert done.returncode == 1 and "base-hash" in done.stdout
+    assert done.returncode == 2 and "base-hash" in done.stdout
     (snapshot / parts[1].name).unlink()
     done = cli("sidecar", "validate", sidecar.path, "--base", snapshot / first.name)
-    assert done.returncode == 1 and parts[1].name in done.stdout and "base-split" in done.stdout
+    assert done.returncode == 2 and parts[1].name in done.stdout and "base-split" in done.stdout
     done = cli("sidecar", "validate", sidecar.path, "--base", parts[1])
-    assert done.returncode == 1 and f"give the first, {first.name}" in done.stdout
+    assert done.returncode == 2 and f"give the first, {first.name}" in done.stdout
     assert read_sidecar(sidecar.path).base_sha256 != read_sidecar(other.path).base_sha256
