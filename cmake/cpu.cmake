@@ -31,10 +31,9 @@ function(llamamem_try_amx)
         string(TOUPPER "${CMAKE_BUILD_TYPE}" TYPE)
         separate_arguments(FLAGS UNIX_COMMAND "${CMAKE_CXX_FLAGS_${TYPE}}")
         unset(RAN CACHE) # a changed tree or compiler is another answer
-        try_run(RAN COMPILED "${CMAKE_BINARY_DIR}/llamamem-amx" SOURCES "${LLAMAMEM_AMX_PROBE}"
+        try_run(RAN COMPILED "${CMAKE_BINARY_DIR}/llamamem-amx" "${LLAMAMEM_AMX_PROBE}"
             CMAKE_FLAGS "-DINCLUDE_DIRECTORIES=${CMAKE_BINARY_DIR}/llamamem-amx"
-            COMPILE_DEFINITIONS ${FLAGS} -march=native
-            CXX_STANDARD 17
+            COMPILE_DEFINITIONS ${FLAGS} -march=native -std=c++17
             RUN_OUTPUT_VARIABLE OUTPUT)
         if (NOT COMPILED)
             set(WHY "the compiler does not take its intrinsics")
