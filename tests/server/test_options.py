@@ -1,6 +1,6 @@
 """What llama-server may be told after `--` beside a memory: right, or refused where it starts.
 
-A base that is changed (LoRA, control vectors, rope, metadata) and sleep are refused by every profile with a memory:
+A base that is changed (LoRA, control vectors, rope, metadata) is refused by every profile with a memory:
 tests/unit/serving/test_profiles.py.
 """
 
@@ -24,6 +24,7 @@ CHANGES_NOTHING = {
     "unified": ["--kv-unified"],
     "context-shift": ["--context-shift"],
     "no-fit": ["--fit", "off"],
+    "sleep": ["--sleep-idle-seconds", "600"],
 }
 ROUNDS_OTHERWISE = {
     "fa-on": ["--flash-attn", "on"],

@@ -128,7 +128,6 @@ def test_fused_allows_what_is_only_slow_or_unneeded_but_not_what_is_wrong() -> N
         ["--override-kv", "gemma4.rope.freq_base=float:1e4"],
         ["--rope-scaling", "yarn"],
         ["--yarn-orig-ctx", "8192"],
-        ["--sleep-idle-seconds", "60"],
     )
     for wrong in wrongs:
         with pytest.raises(LlamamemError):
