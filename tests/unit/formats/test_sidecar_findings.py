@@ -211,4 +211,5 @@ def test_the_reasons_are_those_of_the_runtime() -> None:
         p for what in ("config", "gguf", "sidecar") for p in (ROOT / "patches/src").glob(f"llama-rwkv-ms-{what}*")
     ]
     codes = {code for p in sources for code in re.findall(r'llama_rwkv_ms_fail\(\s*"([a-z0-9-]+)"', p.read_text())}
-    assert codes == REASONS.keys()
+    # a shard that is missing is llama.cpp's own to refuse, when it loads the weights
+    assert codes == REASONS.keys() - {"base-split"}
