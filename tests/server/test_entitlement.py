@@ -393,22 +393,26 @@ def test_an_embedding_is_that_of_its_text_whatever_memory_a_slot_holds(serve_dem
 # -- part 4: what no request may do
 
 
+COLD = "it is cold now. " * 12
+
+
 def longs(running: Running) -> list[str]:
     return [
         say(running, "this is anna baker. " + "it is cold now. " * n + "who is anna?", id_slot=0) for n in (2, 25, 60)
     ]
 
 
-@pytest.mark.parametrize("extra", [["--parallel", "1"], ["--kv-unified"]], ids=["one slot", "one cache for all"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--kv-unified"], ["-fa", "off"]], ids=["", "one cache for all", "no flash attention"]
+)
 def test_a_memory_of_huge_values_harms_nobody_after_it(serve_demo: ServeDemo, extra: list[str]) -> None:
-    slots = {"parallel": 1} if "1" in extra else {"parallel": 2}
-    running = serve_demo("batched", *[one for one in extra if one == "--kv-unified"], **slots)
+    running = serve_demo("batched", *extra, parallel=2, ctx_size=2048)
     expected = longs(running)
     memory = learnt(running, "this is anna baker.")
     for value in (3.4e38, -3.4e38, 1e25, 1e12):
         for poisoned in (with_values(memory, value), with_source(memory, value)):
             path = "/v1/chat/completions"
-            body = {"messages": user("who is anna? " + "it is cold now. " * 9), "temperature": 0, "max_tokens": 6}
+            body = {"messages": user(COLD), "temperature": 0, "max_tokens": 6}
             carried = {"rwkv_ms": {"memory": poisoned.base64, "return_memory": True}}
             found = [post(running.server.url, path, body | carried | {"id_slot": 0})]
             assert longs(running) == expected  # at once, and where it ran
