@@ -11,6 +11,7 @@ from typing import Any
 from llamamem.errors import LlamamemError
 from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
+from llamamem.formats.regular import open_regular
 
 ARCHITECTURES = ("gemma4",)
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -82,7 +83,7 @@ def file_sha256(path: str | Path, progress: Callable[[int], None] | None = None)
     """SHA-256 of a file in hex, read in pieces; `progress` is told the bytes of each."""
     digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             while piece := file.read(4 << 20):
                 digest.update(piece)
                 if progress is not None:

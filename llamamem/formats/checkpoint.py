@@ -22,6 +22,7 @@ from safetensors import SafetensorError, deserialize
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor
+from llamamem.formats.regular import open_regular
 from llamamem.formats.sidecar_config import parse_json
 
 ADAPTER = "delta_mem_adapter"
@@ -197,7 +198,8 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     try:
         if path.stat().st_size > limit:
             raise LlamamemError(f"{path}: over {limit >> 20} MiB; no such file of a checkpoint is that large")
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except OSError as e:
         raise LlamamemError(f"{path}: cannot be read ({e.strerror})") from None
 

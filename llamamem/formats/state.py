@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.base import file_sha256
 from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import replacing
+from llamamem.formats.regular import NotRegular, open_regular
 from llamamem.formats.sidecar import Sidecar
 from llamamem.formats.state_block import (
     CHECKPOINT,
@@ -183,11 +183,12 @@ def read_state(
     if sidecar is not None and identity is None:
         identity = identity_of(sidecar)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise refused("state-unreadable", "is not a file")
-        with path.open("rb") as file:
-            raw = read_raw(file, os.fstat(file.fileno()).st_size, progress)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = read_raw(file, size, progress, lambda *header: _check_header(*header, sidecar, identity, kinds))
         state = _check(raw, sidecar, identity, kinds)
+    except (NotRegular, IsADirectoryError):
+        raise _of_file(path, refused("state-unreadable", "is not a file")) from None
     except OSError as e:
         raise _of_file(path, refused("state-unreadable", f"cannot be read ({e.strerror})")) from None
     except LlamamemError as e:
@@ -223,7 +224,7 @@ def write_state(path: str | Path, state: State) -> State:
         written = _check(read_raw(io.BytesIO(data), len(data)), None, None, (MEMORY,))
     except LlamamemError as e:
         raise _of_file(path, e) from None
-    with replacing(path) as part:
+    with replacing(path, mode=0o600) as part:  # what somebody said may be read out of a memory
         part.write_bytes(data)
     return replace(written, path=path)
 
@@ -270,7 +271,18 @@ def _of_file(path: Path, fault: LlamamemError) -> LlamamemError:
 
 def _check(raw: RawState, sidecar: Sidecar | None, identity: Identity | None, kinds: Collection[int]) -> State:
     """What the bytes mean: from `state-identity` on."""
-    header = raw.header
+    _check_header(raw.magic, raw.header, len(raw.token_ids) // 4, sidecar, identity, kinds)
+    return _state(raw)
+
+
+def _check_header(
+    magic: int,
+    header: Header,
+    n_tokens: int,
+    sidecar: Sidecar | None,
+    identity: Identity | None,
+    kinds: Collection[int],
+) -> None:
     found = Identity(header.sidecar.hex(), header.base.hex())
     if header.fingerprint.hex() != found.fingerprint:
         raise refused("state-identity", "its fingerprint is not that of the sidecar and base that it names")
@@ -280,17 +292,15 @@ def _check(raw: RawState, sidecar: Sidecar | None, identity: Identity | None, ki
             f"belongs to sidecar {found.sidecar_sha256} and base {found.base_sha256}, "
             f"this is sidecar {identity.sidecar_sha256} and base {identity.base_sha256}",
         )
-    if header.kind not in ((CONTEXT,) if raw.magic == GGSN else (SEQUENCE, MEMORY)):
+    if header.kind not in ((CONTEXT,) if magic == GGSN else (SEQUENCE, MEMORY)):
         raise refused("state-kind", f"says kind {header.kind}, which does not stand in such a file")
     if header.kind not in kinds:
         wanted = " or ".join(f"'{KINDS[kind]}'" for kind in kinds)
         raise refused("state-kind", f"is of kind '{KINDS[header.kind]}', must be {wanted}")
-    _check_shape(raw, sidecar)
-    return _state(raw)
+    _check_shape(header, n_tokens, sidecar)
 
 
-def _check_shape(raw: RawState, sidecar: Sidecar | None) -> None:
-    header = raw.header
+def _check_shape(header: Header, n_tokens: int, sidecar: Sidecar | None) -> None:
     for name, most in _LIMITS.items():
         if not 1 <= getattr(header, name) <= most:
             raise refused("state-shape", f"{name} is {getattr(header, name)}, must be from 1 to {most}")
@@ -302,7 +312,7 @@ def _check_shape(raw: RawState, sidecar: Sidecar | None) -> None:
         raise refused("state-shape", f"values is {header.values}, must be {values} with these heads, states and rank")
     if header.cells < 1 or (header.cells > 1 and header.kind != CONTEXT):
         raise refused("state-shape", f"cells is {header.cells}, impossible for kind '{KINDS[header.kind]}'")
-    if header.kind == MEMORY and (raw.token_ids or header.kv_bytes):
+    if header.kind == MEMORY and (n_tokens or header.kv_bytes):
         raise refused("state-shape", "is a memory alone, and yet has token ids or a KV cache")
     if header.flags & ~_FLAGS[header.kind] or any(header.reserved):
         raise refused("state-shape", f"flags is {header.flags:#x}, impossible for kind '{KINDS[header.kind]}'")

@@ -8,6 +8,7 @@ from typing import Any
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import replacing
+from llamamem.formats.regular import open_regular
 from llamamem.formats.state import State
 from llamamem.formats.state_math import norms
 
@@ -70,5 +71,5 @@ def _matrices(state: State, axes: Any, layers: Sequence[int]) -> Any:
 
 
 def is_png(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"

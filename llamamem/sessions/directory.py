@@ -26,6 +26,7 @@ import filelock
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.private import flush_directory, private_directory, replace_private
+from llamamem.formats.regular import read_regular
 from llamamem.sessions.session import (
     MISSING,
     WRONG_LENGTH,
@@ -49,6 +50,7 @@ from llamamem.sessions.session import (
 
 _FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(?P<kind>\.json|-(?P<generation>[0-9]+)\.state)(?(part)\.part)")
 _KEY = re.compile(r"[0-9a-f]{64}")
+_MAX_JSON = 1 << 20  # bytes of metadata, which has some hundred
 _LOCK_TIMEOUT = 60.0  # seconds; a change takes milliseconds
 _LEFT = 60.0  # seconds, after which a half-written file is one that a killed process left
 
@@ -214,7 +216,7 @@ class DirectoryStore:
 
     def _session(self, key: str) -> Session:
         try:
-            session = read_session(self._json(key).read_bytes())
+            session = read_session(read_regular(self._json(key), _MAX_JSON))
         except FileNotFoundError:
             raise Damaged("it is half-written or half-removed: its metadata is missing") from None
         except OSError as e:
@@ -227,7 +229,7 @@ class DirectoryStore:
         state = None
         try:
             if session.state_sha256 is not None:
-                state = self._state_path(key, session).read_bytes()
+                state = read_regular(self._state_path(key, session), session.n_bytes)
         except FileNotFoundError:
             pass
         except OSError as e:

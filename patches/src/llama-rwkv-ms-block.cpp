@@ -1,5 +1,6 @@
 #include "llama-rwkv-ms-state.h"
 
+#include "llama-rwkv-ms-gguf.h"
 #include "llama-rwkv-ms-sha256.h"
 
 #include "ggml-rwkv-ms.h"
@@ -124,7 +125,7 @@ static bool rwkv_ms_setting_check(const llama_rwkv_ms_block_header & header) {
             std::all_of(header.note + sizeof(setting), header.note + sizeof(header.note), [](char c) { return c == 0; });
 }
 
-// a text and then zeros; none unless a tool made the state
+// a text in UTF-8 and then zeros; none unless a tool made the state
 static bool rwkv_ms_note_check(const llama_rwkv_ms_block_header & header) {
     if (header.flags & LLAMA_RWKV_MS_BLOCK_SETTING) {
         return rwkv_ms_setting_check(header);
@@ -133,7 +134,7 @@ static bool rwkv_ms_note_check(const llama_rwkv_ms_block_header & header) {
     const std::string note(header.note, sizeof(header.note));
     const size_t      n = header.flags & LLAMA_RWKV_MS_BLOCK_DERIVED ? std::min(note.find('\0'), note.size()) : 0;
 
-    return note.find_first_not_of('\0', n) == std::string::npos;
+    return note.find_first_not_of('\0', n) == std::string::npos && llama_rwkv_ms_is_utf8({ note.data(), n });
 }
 
 void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint32_t kind, uint32_t n_cells) {
@@ -165,6 +166,25 @@ void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_m
         llama_rwkv_ms_state_fail("state-shape", "the state has %u layers of %u values, this model %u of %u, or their parts differ",
                 header.n_layer, header.n_cell, expected.n_layer, expected.n_cell);
     }
+}
+
+static void rwkv_ms_block_check_size(const llama_rwkv_ms_block_header & header, uint64_t n_rest) {
+    // no overflow: the factors have 32 bits, and each product is compared before the next
+    const uint64_t n_floats = (uint64_t) header.n_layer * header.n_cell;
+    const uint64_t n_all    = llama_rwkv_ms_block_n_cells(header);
+
+    if (n_floats > n_rest || n_all > n_rest || n_floats * n_all > n_rest / sizeof(float) ||
+            header.n_bytes_kv != n_rest - n_floats * n_all * sizeof(float)) {
+        llama_rwkv_ms_state_fail("state-truncated", "the state has %llu bytes after its header, which says another number: it is cut, or something was added",
+                (unsigned long long) n_rest);
+    }
+}
+
+void llama_rwkv_ms_block_check_head(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells) {
+    rwkv_ms_block_check_version(header);
+    rwkv_ms_block_check_size(header, n_rest);
+
+    llama_rwkv_ms_block_check(weights, header, kind, n_cells);
 }
 
 void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, const std::vector<float> & cells) {
@@ -217,24 +237,21 @@ void llama_rwkv_ms_block_check_data(const llama_rwkv_ms & weights, const uint8_t
 
     rwkv_ms_block_check_version(header);
 
-    // no overflow: the factors have 32 bits, and each product is compared before the next
-    const uint64_t rest     = size < sizeof(header) ? 0 : size - sizeof(header);
-    const uint64_t n_floats = (uint64_t) header.n_layer * header.n_cell;
-    const uint64_t n_all    = llama_rwkv_ms_block_n_cells(header);
-
-    if (size < sizeof(header) || n_floats > rest || n_all > rest || n_floats * n_all > rest / sizeof(float) ||
-            header.n_bytes_kv != rest - n_floats * n_all * sizeof(float)) {
-        llama_rwkv_ms_state_fail("state-truncated", "the state has %zu bytes, its header says another number: it is cut, or something was added", size);
+    if (size < sizeof(header)) {
+        llama_rwkv_ms_state_fail("state-truncated", "the state ends within its header: it is cut");
     }
+    rwkv_ms_block_check_size(header, size - sizeof(header));
 
-    const auto digest = rwkv_ms_block_hash(header, data + sizeof(header), n_floats * n_all * sizeof(float));
+    const size_t n_values = (size - sizeof(header) - header.n_bytes_kv) / sizeof(float);
+
+    const auto digest = rwkv_ms_block_hash(header, data + sizeof(header), n_values * sizeof(float));
     if (memcmp(digest.data(), header.checksum, sizeof(header.checksum)) != 0) {
         llama_rwkv_ms_state_fail("state-checksum", "the memory does not have its checksum: the state is damaged");
     }
 
     llama_rwkv_ms_block_check(weights, header, kind, n_cells);
 
-    std::vector<float> cells(n_floats * n_all);
+    std::vector<float> cells(n_values);
     memcpy(cells.data(), data + sizeof(header), cells.size() * sizeof(float));
 
     llama_rwkv_ms_block_check_cells(weights, header, cells);

@@ -95,6 +95,60 @@ size_t llama_rwkv_ms_state_save(
     return llama_rwkv_ms_file_write(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, tokens, n_tokens, state);
 }
 
+//
+// of a large file, before its body is read: what it is refused for whatever that holds
+//
+
+static void rwkv_ms_check_begin(
+        const llama_rwkv_ms & weights,
+        uint32_t              kind,
+        uint32_t              n_cells,
+        const uint8_t *       begin,
+        size_t                n_begin,
+        size_t                n_state,
+        size_t                n_tokens,
+        size_t                n_max_kv) {
+    size_t i_block = 0;
+    if (kind == LLAMA_RWKV_MS_BLOCK_CONTEXT) {
+        uint32_t n_arch = 0;
+        memcpy(&n_arch, begin, std::min(n_begin, sizeof(n_arch)));
+        i_block = std::min(n_begin, sizeof(n_arch) + (size_t) n_arch);
+    }
+
+    llama_rwkv_ms_block_header header = {};
+    memcpy(&header, begin + i_block, std::min(n_begin - i_block, sizeof(header)));
+
+    const size_t n_before = i_block + sizeof(header);
+    llama_rwkv_ms_block_check_head(weights, header, n_state > n_before ? n_state - n_before : 0, kind, n_cells);
+
+    if (kind == LLAMA_RWKV_MS_BLOCK_MEMORY && n_tokens > 0) {
+        llama_rwkv_ms_state_fail("state-shape", "the state is a memory alone, and has %zu tokens", n_tokens);
+    }
+    if (header.n_bytes_kv > n_max_kv || n_tokens > n_max_kv) {
+        llama_rwkv_ms_state_fail("state-kv", "the state has %zu tokens and a KV cache of %llu bytes, which is more than this context has",
+                n_tokens, (unsigned long long) header.n_bytes_kv);
+    }
+}
+
+// more than a KV cache of this context has when it is saved: its buffers, and what is noted of each cell in both halves of it
+static size_t rwkv_ms_max_kv(const llama_context & ctx) {
+    const auto & cparams = ctx.get_cparams();
+
+    size_t res = (1u << 20) + 2 * (size_t) cparams.n_ctx * (16 + sizeof(llama_seq_id) * cparams.n_seq_max);
+    for (const auto & buf : ctx.get_memory()->memory_breakdown()) {
+        res += buf.second;
+    }
+    return res;
+}
+
+static llama_rwkv_ms_file rwkv_ms_file_read(const llama_context & ctx, const char * path, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    const auto check = [&](const uint8_t * begin, size_t n_begin, size_t n_state, size_t n_tokens) {
+        rwkv_ms_check_begin(*ctx.get_model().rwkv_ms, llama_rwkv_ms_block_kind_of(seq_id, flags), seq_id < 0 ? ctx.get_cparams().n_seq_max : 1, begin,
+                n_begin, n_state, n_tokens, rwkv_ms_max_kv(ctx));
+    };
+    return seq_id < 0 ? llama_rwkv_ms_file_read(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION, check) : llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, check);
+}
+
 size_t llama_rwkv_ms_state_load(
         llama_context &       ctx,
         const char *          path,
@@ -103,7 +157,7 @@ size_t llama_rwkv_ms_state_load(
         llama_token *         tokens_out,
         size_t                n_capacity,
         size_t *              n_tokens) {
-    auto file = seq_id < 0 ? llama_rwkv_ms_file_read(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION) : llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION);
+    auto file = rwkv_ms_file_read(ctx, path, seq_id, flags);
 
     if (n_tokens) {
         *n_tokens = file.tokens.size();
@@ -195,7 +249,7 @@ size_t llama_rwkv_ms_seq_load_file(
         void *                     user_data) {
     ctx->synchronize();
     return rwkv_ms_try<size_t>(__func__, 0, [&]() {
-        auto file = llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION);
+        auto file = rwkv_ms_file_read(*ctx, path, seq_id, 0);
         if (!check(file.tokens.data(), file.tokens.size(), user_data)) {
             llama_rwkv_ms_state_fail("state-kv", "'%s' has tokens that this sequence cannot have", path);
         }
@@ -272,6 +326,9 @@ size_t llama_model_rwkv_ms_save_file(const llama_model * model, const float * va
 
 size_t llama_model_rwkv_ms_load_file(const llama_model * model, const char * path, float * values) {
     return rwkv_ms_try<size_t>(__func__, 0, [&]() {
-        return rwkv_ms_unpack(model, llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION), values);
+        const auto check = [&](const uint8_t * begin, size_t n_begin, size_t n_state, size_t n_tokens) {
+            rwkv_ms_check_begin(*model->rwkv_ms, LLAMA_RWKV_MS_BLOCK_MEMORY, 1, begin, n_begin, n_state, n_tokens, 0);
+        };
+        return rwkv_ms_unpack(model, llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, check), values);
     });
 }

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -85,6 +86,9 @@ uint64_t llama_rwkv_ms_block_n_cells(const llama_rwkv_ms_block_header & header);
 // fails unless the header is one of the given kind for this model and n_cells sequences
 void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint32_t kind, uint32_t n_cells);
 
+// fails unless n_rest bytes follow this header, as it says; then of the same things as the one above
+void llama_rwkv_ms_block_check_head(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells);
+
 // fails unless header and cells have the checksum, and the cells can be ones
 void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, const std::vector<float> & cells);
 
@@ -122,8 +126,12 @@ struct llama_rwkv_ms_file {
     size_t n_state = 0; // bytes of it, without the trailer
 };
 
+// (begin, n_begin): the first of n_state bytes
+using llama_rwkv_ms_file_check = std::function<void(const uint8_t * begin, size_t n_begin, size_t n_state, size_t n_tokens)>;
+
 // Reads and checks all that is around the state: fails if it is no such file, cut, or changed.
-llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version);
+// check: of a large file, before its body is read: fails if the state is refused whatever that holds
+llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version, const llama_rwkv_ms_file_check & check);
 
 // the same with the bytes in RAM; name is for messages
 llama_rwkv_ms_file   llama_rwkv_ms_file_parse(std::vector<uint8_t> data, const std::string & name, uint32_t magic, uint32_t version);

@@ -33,6 +33,11 @@ static server_task_result_ptr rwkv_ms_failed(const std::string & what, error_typ
     return std::make_unique<server_task_result_rwkv_ms>(std::move(data), true);
 }
 
+static server_task_result_ptr rwkv_ms_busy(int id_slot) {
+    return rwkv_ms_failed(string_format("[slot-busy] slot %d was at work until the time was up: nothing was done; ask again, or with a longer \"timeout\"", id_slot),
+            ERROR_TYPE_INVALID_REQUEST, true);
+}
+
 // the reason why a state was not saved or loaded; def if there is none
 static std::string rwkv_ms_reason(int id_slot, const char * def) {
     const std::string what = llama_rwkv_ms_state_error();
@@ -243,7 +248,7 @@ common_json server_rwkv_ms::to_json(int id_slot, const server_prompt & prompt) c
 
     res["current_state"] = n_tokens / info.n_chunk % info.n_state; // the one that the next token is written to
     res["norms"]         = norms;
-    res["given"]         = own.origin != nullptr;
+    res["given"]         = own.is_given;
     res["frozen"]        = own.frozen;
     res["scale"]         = own.scale;
     return res;
@@ -263,7 +268,7 @@ server_task_result_ptr server_rwkv_ms::action(const server_task & task, server_p
 
     asker.is_answered = asker.is_gone && !asker.is_gone();
     if (!asker.is_answered) {
-        auto res = rwkv_ms_failed("nobody waits for this action any more", ERROR_TYPE_INVALID_REQUEST, true);
+        auto res = rwkv_ms_busy(id_slot);
         res->id  = task.id;
         return res;
     }
@@ -430,6 +435,7 @@ common_json server_rwkv_ms::restore(int id_slot, server_prompt & prompt, const s
         slot.values       = get_values(id_slot);
         slot.text         = prompt.tokens.get_tokens();
         slot.is_kept      = true;
+        slot.is_given     = slot.origin != nullptr;
 
         prompt.tokens.key = rwkv_ms_key(slot.origin, slot.setting);
     }
@@ -511,10 +517,11 @@ common_json server_rwkv_ms::memory_restore(int id_slot, const server_task & task
 
     auto & slot = slots[id_slot];
 
-    slot         = slot_memory();
-    slot.origin  = origin;
-    slot.values  = origin ? origin->values : std::vector<float>(n_values, 0.0f);
-    slot.is_kept = true;
+    slot          = slot_memory();
+    slot.origin   = origin;
+    slot.values   = origin ? origin->values : std::vector<float>(n_values, 0.0f);
+    slot.is_kept  = true;
+    slot.is_given = true;
 
     auto res = state(slot);
 
@@ -627,8 +634,7 @@ server_task_result_ptr server_rwkv_ms_post_action(server_response_reader & rd, c
     }
     if (!res) {
         rd.stop();
-        return rwkv_ms_failed(string_format("[slot-busy] slot %d is still at work after %g s: nothing was done; ask again, or with a longer \"timeout\"", id_slot, timeout),
-                ERROR_TYPE_INVALID_REQUEST, true);
+        return rwkv_ms_busy(id_slot);
     }
     return res;
 }

@@ -49,6 +49,8 @@ private:
     struct slot_memory {
         bool is_kept = false; // else the slot was not named yet: what it shows and saves is the text that happens to be in it
 
+        bool is_given = false; // by an action, be it an empty one
+
         server_rwkv_ms_memory_ptr origin;
         std::vector<float>        values; // after the text
         llama_tokens              text;

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
+#include <random>
 #include <sstream>
 #include <stdexcept>
 
@@ -14,6 +16,17 @@
 static const float RWKV_MS_SCALE_MAX = 16.0f;
 
 static std::atomic<uint64_t> rwkv_ms_counters[SERVER_RWKV_MS_COUNTER_COUNT];
+
+// of this process: a server that was started again is another one, on the same port too
+static const std::string & rwkv_ms_run() {
+    static const std::string run = []() {
+        std::random_device rng;
+        char               hex[17];
+        snprintf(hex, sizeof(hex), "%08x%08x", rng(), rng());
+        return std::string(hex);
+    }();
+    return run;
+}
 
 common_json server_rwkv_ms_props(const llama_model * model) {
     llama_rwkv_ms_info info;
@@ -39,6 +52,7 @@ common_json server_rwkv_ms_props(const llama_model * model) {
         { "mode", llama_rwkv_ms_mode_name(info.mode) },
         { "alpha", info.alpha },
         { "features", common_json::array({ "memory", "continues" }) },
+        { "run", rwkv_ms_run() },
     };
 }
 

@@ -204,6 +204,8 @@ DAMAGES: dict[str, tuple[Callable[[DirectoryStore], Any], str]] = {
     "no state": (lambda p: state_file(p).unlink(), "state is missing"),
     "an older state": (lambda p: edit(p, generation=4), "state is missing"),
     "a directory for a state": (lambda p: (state_file(p).unlink(), state_file_named(p).mkdir()), "cannot be read"),
+    "a pipe for a state": (lambda p: (state_file(p).unlink(), os.mkfifo(state_file_named(p))), "cannot be read"),
+    "a pipe for metadata": (lambda p: (metadata_file(p).unlink(), os.mkfifo(metadata_file(p))), "cannot be read"),
     "no metadata": (lambda p: metadata_file(p).unlink(), "metadata is missing"),
     "empty metadata": (lambda p: metadata_file(p).write_bytes(b""), "metadata is damaged"),
     "cut metadata": (lambda p: os.truncate(metadata_file(p), 80), "metadata is damaged"),
