@@ -258,6 +258,24 @@ def test_a_slot_file_that_was_saved_at_scale_0_goes_on_at_scale_1_as_if_said_the
         assert found["said"] == expected["said"] == "that is anna baker."
 
 
+def test_a_slot_that_has_just_given_one_of_n_answers_goes_on_with_what_is_restored_to_it(serve_demo: ServeDemo) -> None:
+    """The KV cache of the first answer was copied to it by the next request: over what had been restored meanwhile."""
+    running = serve_demo("batched", parallel=4, ctx_size=2048)
+    turns = ["this is anna baker. who is anna?", "that", "who is anna?"]
+    say(running, talk(turns[:1]), id_slot=1, max_tokens=1)
+    act(running, 1, "save", filename="slot.bin")
+    prompt = rendered(("this is kate wolf. who is kate?",))[5:]
+    several = {"prompt": prompt, "n": 4, "n_predict": 1, "temperature": 0, "cache_prompt": False}
+    assert post(running.server.url, "/completion", several)[0] == 200
+    act(running, 1, "restore", filename="slot.bin")
+    rwkv_ms = {"return_memory": True}
+    found = chat(running.server.url, talk(turns), id_slot=1, rwkv_ms=rwkv_ms)
+    assert found["rwkv_ms"]["reused"] > 10
+    expected = chat(running.server.url, talk(turns), rwkv_ms=rwkv_ms, cache_prompt=False)
+    assert found["said"] == expected["said"]
+    assert differ(*(Memory.of(one["rwkv_ms"]["memory"]) for one in (found, expected))) is None
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_what_an_idle_slot_learnt_is_saved(serve_demo: ServeDemo, given: bool) -> None:
     running = bare(serve_demo)
