@@ -11,6 +11,7 @@ is interrupted. Exit status: 0 every mutant was found, 1 one was not, 2 it could
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -314,11 +315,11 @@ def compiled(build: Path) -> None:
         raise LlamamemError(f"it does not compile: {done.stdout[-600:]}")
 
 
-def found_by(mutant: Mutant, bin_dir: Path, seed: int) -> str:
+def found_by(mutant: Mutant, bin_dir: Path, right_dir: Path, seed: int) -> str:
     """What was wrong first and after how many checks; nothing when all was right."""
     for profile in mutant.profiles:
         with tempfile.TemporaryDirectory(prefix="llamamem-mutant-") as name:
-            proof = entitlement.prove(profile, seed, CHECKS, Path(name), bin_dir=bin_dir)
+            proof = entitlement.prove(profile, seed, CHECKS, Path(name), bin_dir=bin_dir, right_dir=right_dir)
         if proof.fault is not None:
             return f"{profile}, check {proof.tally.checks}: {proof.fault.what[:110]}"
     return ""
@@ -334,15 +335,17 @@ def main() -> int:
     if not made or not chosen:
         raise LlamamemError("no build here: run `llamamem build`" if chosen else "no mutant has such a name")
     root, missed = made[0].root, []
-    try:
-        for mutant in chosen:
-            with applied(mutant):
-                compiled(root)
-                what = found_by(mutant, made[0].bin_dir, args.seed)
-            print(f"{'found ' if what else 'MISSED'}  {mutant.name:<28} {mutant.undoes}\n{'':8}{what}", flush=True)
-            missed += [] if what else [mutant.name]
-    finally:
-        compiled(root)  # of the sources as they were
+    with tempfile.TemporaryDirectory(prefix="llamamem-right-") as right:
+        shutil.copytree(made[0].bin_dir, right, dirs_exist_ok=True)  # for the reference, which no mutant touches
+        try:
+            for mutant in chosen:
+                with applied(mutant):
+                    compiled(root)
+                    what = found_by(mutant, made[0].bin_dir, Path(right), args.seed)
+                print(f"{'found ' if what else 'MISSED'}  {mutant.name:<28} {mutant.undoes}\n{'':8}{what}", flush=True)
+                missed += [] if what else [mutant.name]
+        finally:
+            compiled(root)  # of the sources as they were
     print(f"{len(chosen)} mutants, {len(missed)} not found{': ' if missed else ''}{', '.join(missed)}")
     return 1 if missed else 0
 
