@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -45,23 +46,38 @@ def health(
     watch: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0, help="Again and again, until Ctrl-C.")
     ] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Longest wait for one answer.")] = 120.0,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Longest wait for one answer; 120, of --probe 5.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Only ask whether it is ready, with its memory: no slot is touched.")
+    ] = False,
 ) -> None:
     """Prove by behaviour that the memory of a running server is live, complete, isolated and restorable.
 
     Uses a slot that holds nothing, or puts back what it held, also when it is ended by Ctrl-C, SIGTERM or SIGHUP; after
     a SIGKILL the next run does. Without --run or --url: the only server that `llamamem serve` started.
 
+    --probe is for a container's health check or a load balancer, at any rate: a request or two, exit status 0 or 1.
+
     Exit status: 0 all checks hold, 1 some fail, 2 it could not be run, 128 and its number after a signal. With --watch
     that of the last report.
     """
+    if probe:
+        for name, value in (("--watch", watch), ("--output", output), ("--trace", trace)):
+            if value is not None:
+                raise LlamamemError(f"--probe and {name}: a probe computes nothing; leave {name} out")
+        _probe(run, url, api_key, timeout or 5.0, as_json)
     from llamamem.formats.health import check_output, withdraw_health, write_health
     from llamamem.proof.health import check_health, find_target
+    from llamamem.serving.target import first_key, server_url
 
+    timeout = timeout or 120.0
     if output is not None:
         check_output(output)
+    url = server_url(url) if url else None
     target = find_target(run, url, model=model, sidecar=sidecar, log=log, slot_dir=slot_dir, trace=trace)
-    key = api_key.split(",")[0] if api_key else None
+    key = first_key(api_key)
     status = 2
     try:
         with _ended_in_order():
@@ -114,6 +130,21 @@ def _ended_in_order() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, before[number])
+
+
+def _probe(run: str | None, url: str | None, api_key: str | None, timeout: float, as_json: bool) -> NoReturn:
+    from llamamem.serving.probe import ProbeReport, probe
+    from llamamem.serving.runs import live_runs
+    from llamamem.serving.target import open_target
+
+    if run is None and url is None and not live_runs():
+        report = ProbeReport(False, None, "no server runs")
+    else:
+        client, record = open_target(run, url, api_key, timeout=timeout)
+        with client:
+            report = probe(client, record)
+    print(json.dumps(report.as_dict()) if as_json else ": ".join(filter(None, (report.url, report.detail))))
+    raise typer.Exit(0 if report.ok else 1)
 
 
 def print_report(report: HealthReport, console: Console) -> None:

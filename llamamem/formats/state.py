@@ -185,7 +185,12 @@ def read_state(
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            raw = read_raw(file, size, progress, lambda *header: _check_header(*header, sidecar, identity, kinds))
+            raw = read_raw(
+                file,
+                size,
+                progress,
+                lambda magic, header, n_tokens: _check_header(magic, header, n_tokens, sidecar, identity, kinds),
+            )
         state = _check(raw, sidecar, identity, kinds)
     except (NotRegular, IsADirectoryError):
         raise _of_file(path, refused("state-unreadable", "is not a file")) from None

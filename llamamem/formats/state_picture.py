@@ -31,7 +31,9 @@ def draw_state(state: State, path: Path, layers: Sequence[int], title: str) -> N
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise LlamamemError(f"{path}: pictures need matplotlib; pip install 'llamamem[plots]'") from None
+        raise LlamamemError(
+            f"{path}: pictures need matplotlib; run `pip install -e '.[plots]'` in llamamem's checkout"
+        ) from None
 
     side = min(1.25, 40 / state.layers, 40 / columns)  # inches of a matrix
     with rc_context({"font.family": "sans-serif", "font.size": 8}):

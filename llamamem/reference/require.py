@@ -11,4 +11,6 @@ def require_torch(what: str) -> None:
     """Raises LlamamemError if torch or transformers is missing. `what` is what needs them."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
-        raise LlamamemError(f"{what} needs {' and '.join(missing)}: pip install 'llamamem[reference]'")
+        raise LlamamemError(
+            f"{what} needs {' and '.join(missing)}: run `pip install -e '.[reference]'` in llamamem's checkout"
+        )

@@ -184,11 +184,11 @@ class Client:
             reason = _message(response.json())
         except ValueError:
             reason = None
+        said = f"{self.url}: {what} answered {response.status_code}: {reason or response.text[:200]}"
+        if response.status_code == 401:
+            said += "; give its key with --api-key"
         code = re.search(r"\[([a-z]+-[a-z-]+)\]", reason or "")  # the first: a path may hold anything
-        return LlamamemError(
-            f"{self.url}: {what} answered {response.status_code}: {reason or response.text[:200]}",
-            reason=code[1] if code else None,
-        )
+        return LlamamemError(said, reason=code[1] if code else None)
 
     def _unreachable(self, what: str, error: httpx.TransportError) -> LlamamemError:
         return LlamamemError(f"{self.url}: {what} failed ({type(error).__name__}: {error}); is the server running?")

@@ -34,7 +34,8 @@ from llamamem.serving.runs import live_runs, prune_runs
 Ending = Literal["stopped", "killed", "exited"]
 
 _POLL = 0.05  # seconds
-_LOOKS_LIKE_ERROR = re.compile(r"\berror\b|\bfailed\b|refus|couldn't|unable|\bE \w+ ", re.IGNORECASE)
+_LOOKS_LIKE_ERROR = re.compile(r"\berror\b|\bfailed\b|refus|couldn't|unable|^E \w+", re.IGNORECASE)
+_STAMP = re.compile(r"^[\d.]+ (?=[A-Z] )")  # of llama-server's log, before the level
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CLOSING = b"cleaning up before exit"  # llama-server's line after its last task: no file is written any more
 _LINGER = 1.0  # seconds from there, for the memory to be freed and the last answers to leave
@@ -84,7 +85,7 @@ class Server:
                 if self._has_ended():
                     self._update(state="failed", ended=time.time(), exit_code=self.process.returncode)
                     raise LlamamemError(
-                        f"llama-server {self.how_it_ended} before it was ready: {_last_errors(self.log_path)}"
+                        f"llama-server {self.how_it_ended} before it was ready: {_errors(self.log_path)}"
                         f" (log: {self.log_path}){self._stolen_port()}"
                     )
                 if self._listens() and _answers(http, self.url):
@@ -321,12 +322,13 @@ def _tail(path: Path, start: int) -> bytes:
     return b""
 
 
-def _last_errors(log: Path, n: int = 4) -> str:
+def _errors(log: Path, n: int = 4) -> str:
+    """The first of them, which say why, and the last, which say what came of it."""
     try:
-        lines = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
+        text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "its log cannot be read"
-    chosen = [line for line in lines if _LOOKS_LIKE_ERROR.search(line)] or lines
-    return " | ".join(chosen[-n:]) or "it logged nothing"
+    lines = [_STAMP.sub("", line.strip()) for line in text.splitlines() if line.strip()]
+    errors = list(dict.fromkeys(line for line in lines if _LOOKS_LIKE_ERROR.search(line)))
+    chosen = errors if len(errors) <= n else errors[: n // 2] + errors[-(n // 2) :]
+    return " | ".join(chosen or lines[-n:]) or "it logged nothing"

@@ -13,6 +13,7 @@ Only what is about all sessions, or removes one, looks through the whole directo
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -233,6 +234,8 @@ class DirectoryStore:
         except FileNotFoundError:
             pass
         except OSError as e:
+            if e.errno == errno.EFBIG:
+                raise Damaged(WRONG_LENGTH) from None
             raise Damaged(f"its state cannot be read ({e.strerror})") from None
         check_state(session, state)
         return state

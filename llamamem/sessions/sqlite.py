@@ -211,6 +211,8 @@ class SqliteStore:
                     private_directory(self.path.parent)
                 self.path.touch(mode=0o600)  # what somebody said may be read out of a memory
             there = self.path.exists()  # a store that is not there is an empty one
+            if there and not self.path.is_file():  # a device of zeros would be one too
+                raise LlamamemError(f"{self.location}: is not a file; give another place")
             if there and make and self.path.stat().st_mode & 0o077:
                 self.path.chmod(0o600)
             place = f"{self.path.as_uri()}?mode=rw" if there else ":memory:"  # one that cannot be written is read

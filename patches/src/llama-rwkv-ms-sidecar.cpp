@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -113,16 +114,39 @@ llama_rwkv_ms_sidecar::~llama_rwkv_ms_sidecar() {
     }
 }
 
+static std::string rwkv_ms_base_postfix(int i, int count) {
+    char res[64];
+    snprintf(res, sizeof(res), "-%05d-of-%05d.gguf", i, count);
+    return res;
+}
+
+// The files of a base: one, or all from NAME-00001-of-0000N.gguf on, which are hashed one after the other.
+static std::vector<std::string> rwkv_ms_base_parts(const std::string & path) {
+    const size_t      of    = path.rfind("-of-");
+    const int         count = of == std::string::npos ? 0 : std::atoi(path.c_str() + of + 4);
+    const std::string first = rwkv_ms_base_postfix(1, count);
+    if (count < 2 || path.size() <= first.size() || path.compare(path.size() - first.size(), std::string::npos, first) != 0) {
+        return { path };
+    }
+    std::vector<std::string> res;
+    for (int i = 1; i <= count; ++i) {
+        res.push_back(path.substr(0, path.size() - first.size()) + rwkv_ms_base_postfix(i, count));
+    }
+    return res;
+}
+
 void llama_rwkv_ms_sidecar::base_hash_start(const char * path) {
     path_base = path;
     base_hash = std::async(std::launch::async, [this]() {
         llama_rwkv_ms_sha256 sha;
-        uint64_t             size = 0;
-        const auto           file = rwkv_ms_file_open(path_base, size);
-        rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t n) {
-            sha.update(data, n);
-            return !base_hash_cancel;
-        });
+        for (const std::string & part : rwkv_ms_base_parts(path_base)) {
+            uint64_t   size = 0;
+            const auto file = rwkv_ms_file_open(part, size);
+            rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t n) {
+                sha.update(data, n);
+                return !base_hash_cancel;
+            });
+        }
         return llama_rwkv_ms_sha256::hex(sha.final());
     }).share();
 }

@@ -582,12 +582,36 @@ static double rwkv_ms_parse_timeout(common_json & data) {
     return value.get<double>();
 }
 
+// A page in somebody's browser can send such a request without being allowed to read the answer: what it may read is what it may
+// do. Only asked where the server says that pages of this machine alone are let in.
+static bool rwkv_ms_is_stranger(const server_http_req & req, const common_params & params) {
+    const auto it = std::find_if(req.headers.begin(), req.headers.end(), [](const auto & header) {
+        return header.first == "Origin" || header.first == "origin";
+    });
+    if (params.cors_origins != "localhost" || it == req.headers.end() || it->second.empty()) {
+        return false;
+    }
+
+    const size_t      i    = it->second.find("://");
+    const std::string host = i == std::string::npos ? "" : it->second.substr(i + 3);
+    for (const char * own : { "localhost", "127.0.0.1", "[::1]" }) {
+        const std::string name = own;
+        if (host == name || host.rfind(name + ":", 0) == 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
 server_task_result_ptr server_rwkv_ms_post_action(server_response_reader & rd, const server_http_req & req, const common_params & params) {
     static const char * const actions[] = { "save", "restore", "erase", "memory-save", "memory-restore", "memory-reset", "memory-set" };
 
     const std::string action = req.get_param("action");
     if (std::find(std::begin(actions), std::end(actions), action) == std::end(actions)) {
         return rwkv_ms_failed("Invalid action", ERROR_TYPE_INVALID_REQUEST);
+    }
+    if (rwkv_ms_is_stranger(req, params)) {
+        return rwkv_ms_failed("slots are for pages of this machine alone: --cors-origins lets others in", ERROR_TYPE_PERMISSION);
     }
 
     server_task task(SERVER_TASK_TYPE_SLOT_RWKV_MS);

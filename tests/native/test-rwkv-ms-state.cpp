@@ -201,6 +201,46 @@ static void test_frozen_scaled(llama_model * base, llama_model * model) {
     CHECK(max_diff(full, normal) < 2e-2);
 }
 
+// What was copied between streams is there when a state is saved, and does not come over one that was loaded since: as an
+// answer of several (n) that ends at once, and another client's text from the RAM cache in its place.
+static void test_copied_stream(llama_model * model) {
+    std::vector<std::vector<float>> want, got;
+
+    for (const bool is_copied : { false, true }) {
+        ctx_ptr ctx = ctx_init(model, 2, false);
+        CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
+        CHECK(decode(ctx.get(), text(1, 40, 2)) == 0);
+
+        std::vector<uint8_t> seq(llama_state_seq_get_size(ctx.get(), 1));
+        CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 1) == seq.size());
+
+        auto * mem = llama_get_memory(ctx.get());
+        llama_memory_seq_rm(mem, 1, -1, -1);
+        if (is_copied) {
+            llama_memory_seq_cp(mem, 0, 1, -1, -1);
+
+            std::vector<uint8_t> source(llama_state_seq_get_size(ctx.get(), 0)), copy(llama_state_seq_get_size(ctx.get(), 1));
+            CHECK(llama_state_seq_get_data(ctx.get(), copy.data(), copy.size(), 1) == copy.size());
+            CHECK(llama_state_seq_get_data(ctx.get(), source.data(), source.size(), 0) == source.size());
+
+            std::vector<std::vector<float>> of_source, of_copy;
+            for (const bool is_source : { false, true }) {
+                ctx_ptr      fresh = ctx_init(model, 2, false);
+                const auto & data  = is_source ? source : copy;
+                CHECK(llama_state_seq_set_data(fresh.get(), data.data(), data.size(), 0) == data.size());
+                CHECK(decode(fresh.get(), text(0, 20, 4, 70), is_source ? &of_source : &of_copy) == 0);
+            }
+            CHECK(max_diff(of_source, of_copy) == 0.0);
+
+            llama_memory_seq_cp(mem, 0, 1, -1, -1);
+            llama_memory_seq_rm(mem, 1, -1, -1);
+        }
+        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size(), 1) == seq.size());
+        CHECK(decode(ctx.get(), text(1, 20, 3, 40), is_copied ? &got : &want) == 0);
+    }
+    CHECK(max_diff(want, got) == 0.0);
+}
+
 int main(int argc, char ** argv) {
     const char * path         = argc == 3 ? argv[1] : LLAMAMEM_TEST_DATA "/model_a/model-f32.gguf";
     const char * path_sidecar = argc == 3 ? argv[2] : LLAMAMEM_TEST_DATA "/model_a/sidecar-v1.gguf";
@@ -212,6 +252,8 @@ int main(int argc, char ** argv) {
 
     return run_tests({
             { "save and load", [&] { test_save_load(base.get(), model.get()); } },
+            { "a copied stream, of a base", [&] { test_copied_stream(base.get()); } },
+            { "a copied stream", [&] { test_copied_stream(model.get()); } },
             { "checkpoint", [&] { test_checkpoint(model.get()); } },
             { "a memory alone", [&] { test_memory_only(model.get()); } },
             { "frozen and scaled", [&] { test_frozen_scaled(base.get(), model.get()); } },

@@ -131,9 +131,12 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
             evaluated = [printed("eval", suite, "--max-tokens", "3", "--output", kept)]
             evaluated.append(printed("eval", suite, "--max-tokens", "3", "--compare", kept))
             started = printed("session", "start", "anna", *store)
-            resumed = printed("session", "resume", "anna", "--slot", "0", *store)
+            fresh = printed("session", "resume", "anna", "--slot", "0", *store)
             traced = [printed("trace", "compare", trace)]
             saved = printed("session", "save", "anna", "--slot", "0", *store)
+            again = printed("session", "save", "anna", "--slot", "0", *store)
+            resumed = printed("session", "resume", "anna", "--slot", "0", *store)
+            branched = printed("session", "start", "kate", "--from", "anna", *store)
             listed = [printed("session", "list", *store), printed("session", "list", "--limit", "1", *store)]
             history = printed("session", "history", "anna", *store)
             undone = printed("session", "undo", "anna", *store)
@@ -156,9 +159,9 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
         health=[health],
         eval=evaluated,
         trace_compare=traced,
-        session_start=[started],
-        session_resume=[resumed],
-        session_save=[saved],
+        session_start=[started, branched],
+        session_resume=[fresh, resumed],
+        session_save=[saved, again],
         session_list=listed,
         session_history=[history],
         session_undo=[undone],

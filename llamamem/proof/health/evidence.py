@@ -15,7 +15,7 @@ from llamamem.formats.trace import Trace
 from llamamem.proof.health.slot import SlotProbe
 from llamamem.proof.health.target import Target
 from llamamem.serving.client import Client
-from llamamem.serving.digests import Progress, file_sha256
+from llamamem.serving.digests import Progress, base_sha256, file_sha256
 
 NO_MEMORY = "serves no memory"
 START_WITH = "start it with `llamamem serve --model BASE --sidecar SIDECAR`"
@@ -71,7 +71,7 @@ class Evidence:
         """SHA-256 of the base file as it is now."""
         if self.target.model is None:
             raise Fails("the base file is not known", "give --model BASE.gguf")
-        return file_sha256(self.target.model, self.progress)
+        return base_sha256(self.target.model, self.progress)
 
     @cached_property
     def sidecar(self) -> Sidecar:

@@ -144,7 +144,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     assert [finding.reason for finding in validate_sidecar(tmp_path / "pipe.gguf").findings] == ["unreadable"]
     for use in (read_sidecar, read_base, file_sha256):
-        with pytest.raises(LlamamemError, match=r"pipe\.gguf.*not a file"):
+        with pytest.raises(LlamamemError, match=r"pipe\.gguf.*not a regular file"):
             use(tmp_path / "pipe.gguf")
 
 
