@@ -167,12 +167,12 @@ def spread(reference: Reference, rng: random.Random) -> tuple[float, float]:
 
 
 @contextmanager
-def servers(profile: str, directory: Path, bin_dir: Path) -> Iterator[tuple[HttpServer, Reference]]:
+def servers(profile: str, directory: Path, bin_dir: Path, right_dir: Path) -> Iterator[tuple[HttpServer, Reference]]:
     """The server under test, not yet started, and the reference."""
     _, context, _ = PROFILES[profile]
     tested = HttpServer(demo_files(), bin_dir, directory / "tested", profile, context)
     plain = "serial" if profile == "serial" else "fused"
-    other = HttpServer(demo_files(), bin_dir, directory / "reference", plain, 2048)
+    other = HttpServer(demo_files(), right_dir, directory / "reference", plain, 2048)
     try:
         other.start([] if plain == "serial" else ["--cache-ram", "0", "--ctx-checkpoints", "0", "--no-cache-prompt"])
         yield tested, Reference(other)
@@ -190,13 +190,17 @@ def prove(
     starts: int = 0,
     shrink: float = 0.0,
     bin_dir: Path | None = None,
+    right_dir: Path | None = None,
 ) -> Proof:
     """So many checks of that profile, until one is wrong; of the build that is found, or of any at `bin_dir`.
+
+    The reference is of the same build, or of that at `right_dir`.
 
     Raises LlamamemError where right and wrong lie too close.
     """
     n_slots, _, variants = PROFILES[profile]
-    with servers(profile, directory, bin_dir or Path(find_build().bin_dir)) as (tested, reference):
+    tested_dir = bin_dir or Path(find_build().bin_dir)
+    with servers(profile, directory, tested_dir, right_dir or tested_dir) as (tested, reference):
         origins, scales = spread(reference, random.Random(seed))
         if min(origins, scales) < 3:
             raise LlamamemError(f"a wrong origin ({origins:.1f}) or scale ({scales:.1f}) could pass for rounding")

@@ -258,6 +258,24 @@ def test_a_slot_file_that_was_saved_at_scale_0_goes_on_at_scale_1_as_if_said_the
         assert found["said"] == expected["said"] == "that is anna baker."
 
 
+def test_a_slot_that_has_just_given_one_of_n_answers_goes_on_with_what_is_restored_to_it(serve_demo: ServeDemo) -> None:
+    """The KV cache of the first answer was copied to it by the next request: over what had been restored meanwhile."""
+    running = serve_demo("batched", parallel=4, ctx_size=2048)
+    turns = ["this is anna baker. who is anna?", "that", "who is anna?"]
+    say(running, talk(turns[:1]), id_slot=1, max_tokens=1)
+    act(running, 1, "save", filename="slot.bin")
+    prompt = rendered(("this is kate wolf. who is kate?",))[5:]
+    several = {"prompt": prompt, "n": 4, "n_predict": 1, "temperature": 0, "cache_prompt": False}
+    assert post(running.server.url, "/completion", several)[0] == 200
+    act(running, 1, "restore", filename="slot.bin")
+    rwkv_ms = {"return_memory": True}
+    found = chat(running.server.url, talk(turns), id_slot=1, rwkv_ms=rwkv_ms)
+    assert found["rwkv_ms"]["reused"] > 10
+    expected = chat(running.server.url, talk(turns), rwkv_ms=rwkv_ms, cache_prompt=False)
+    assert found["said"] == expected["said"]
+    assert differ(*(Memory.of(one["rwkv_ms"]["memory"]) for one in (found, expected))) is None
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_what_an_idle_slot_learnt_is_saved(serve_demo: ServeDemo, given: bool) -> None:
     running = bare(serve_demo)
@@ -393,22 +411,26 @@ def test_an_embedding_is_that_of_its_text_whatever_memory_a_slot_holds(serve_dem
 # -- part 4: what no request may do
 
 
+COLD = "it is cold now. " * 12
+
+
 def longs(running: Running) -> list[str]:
     return [
         say(running, "this is anna baker. " + "it is cold now. " * n + "who is anna?", id_slot=0) for n in (2, 25, 60)
     ]
 
 
-@pytest.mark.parametrize("extra", [["--parallel", "1"], ["--kv-unified"]], ids=["one slot", "one cache for all"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--kv-unified"], ["-fa", "off"]], ids=["", "one cache for all", "no flash attention"]
+)
 def test_a_memory_of_huge_values_harms_nobody_after_it(serve_demo: ServeDemo, extra: list[str]) -> None:
-    slots = {"parallel": 1} if "1" in extra else {"parallel": 2}
-    running = serve_demo("batched", *[one for one in extra if one == "--kv-unified"], **slots)
+    running = serve_demo("batched", *extra, parallel=2, ctx_size=2048)
     expected = longs(running)
     memory = learnt(running, "this is anna baker.")
     for value in (3.4e38, -3.4e38, 1e25, 1e12):
         for poisoned in (with_values(memory, value), with_source(memory, value)):
             path = "/v1/chat/completions"
-            body = {"messages": user("who is anna? " + "it is cold now. " * 9), "temperature": 0, "max_tokens": 6}
+            body = {"messages": user(COLD), "temperature": 0, "max_tokens": 6}
             carried = {"rwkv_ms": {"memory": poisoned.base64, "return_memory": True}}
             found = [post(running.server.url, path, body | carried | {"id_slot": 0})]
             assert longs(running) == expected  # at once, and where it ran
