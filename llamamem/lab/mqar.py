@@ -1,0 +1,52 @@
+"""One MQAR comparison from start to end, or from where it stopped to its end. Needs PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llamamem.errors import LlamamemError
+from llamamem.lab.mqar_plan import Preset, Run
+from llamamem.lab.mqar_results import Line, Results, of_plan
+from llamamem.lab.mqar_train import new_model, train_run
+from llamamem.lab.mqar_model import parameters
+
+# while a run is trained: it, epochs done, loss, validation accuracy; and runs done, runs in all
+Show = Callable[[Run, int, float, float, int, int], None]
+
+
+def compare(
+    preset: Preset,
+    path: Path,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    show: Show = lambda *args: None,
+    done: Callable[[Line], None] = lambda line: None,
+) -> dict[str, Line]:
+    """Trains every run whose line is not in the file yet; all of the preset's lines by key."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise LlamamemError(f"--device {device}: PyTorch sees no GPU here; leave it out for the CPU")
+    torch.set_num_threads(threads)
+    runs = preset.runs()
+    with Results(path) as results:
+        there = of_plan(results.lines, preset)
+        for run in runs:
+            if run.key not in there:
+                n = len(there)
+                outcome = train_run(
+                    preset,
+                    run,
+                    device=device,
+                    show=lambda epoch, loss, seen, run=run, n=n: show(run, epoch, loss, seen, n, len(runs)),
+                )
+                there[run.key] = results.append(preset, run, outcome)
+                done(there[run.key])
+        return there
+
+
+def parameter_counts(preset: Preset) -> dict[str, int]:
+    """What each mixer's model has to train, by the key of its first run."""
+    return {run.key: parameters(new_model(preset, run)) for run in preset.runs() if run.seed == preset.seeds[0]}
