@@ -14,16 +14,16 @@ def _mixers(width: int, heads: int, head: int, memory: tuple[int, int, int, int]
 # About an hour of one core. Chunks are short because sequences are: the shipped 1,024 would leave three states empty.
 CPU = Preset(
     name="cpu",
-    vocab=256,
-    train=(Segment(64, 4, 640), Segment(64, 8, 640), Segment(64, 16, 640)),
-    test=(Segment(64, 4, 256), Segment(64, 8, 256), Segment(64, 16, 256), Segment(128, 32, 256)),
+    vocab=128,
+    train=(Segment(32, 2, 512), Segment(32, 4, 512), Segment(32, 8, 512)),
+    test=(Segment(32, 2, 512), Segment(32, 4, 512), Segment(32, 8, 512), Segment(64, 16, 512)),
     mixers=(
-        *_mixers(32, 8, 4, (2, 4, 4, 16)),  # 128 floats
-        *_mixers(32, 4, 8, (1, 8, 4, 16)),  # 256
-        *_mixers(32, 2, 16, (2, 8, 4, 16)),  # 512
+        *_mixers(32, 8, 4, (2, 4, 4, 8)),  # 128 floats
+        *_mixers(32, 4, 8, (1, 8, 4, 8)),  # 256
+        *_mixers(32, 2, 16, (2, 8, 4, 8)),  # 512
         Mixer("attention", 32, 2, 16),
     ),
-    lrs=dict.fromkeys(ARMS, (1e-2, 2e-2)),
+    lrs=dict.fromkeys(ARMS, (7e-3, 1.4e-2)),
     seeds=(0, 1, 2),
     epochs=12,
     batch=32,

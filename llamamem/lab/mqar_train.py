@@ -31,7 +31,14 @@ def train_run(preset: Preset, run: Run, *, device: str = "cpu", show: Show = lam
     """What came out, as a line of the results has it; without what says which run it is."""
     began = time.monotonic()
     model = new_model(preset, run).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=preset.weight_decay)
+    # as in the trainer: a decay of vectors would pull at where gates and decays start
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": preset.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=run.lr)
     held_out = list(validation(preset, run.seed))
     stopped, steps, loss, curve = "epochs", 0, math.nan, []
     for epoch in range(preset.epochs):
