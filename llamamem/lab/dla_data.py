@@ -1,6 +1,7 @@
 """The data of the DLA lab, drawn as the published figures were: segments with a theme, and needles among filler.
 
-T tokens, d numbers each.
+T tokens, d numbers each. What is drawn is rounded to fp32, as the published data were: where several tokens are worth
+the same to a cache, that rounding decides. All arithmetic after it is in double precision.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import numpy as np
 
 WIDTH = 32  # d
 
+F32 = np.float32
+
 Sequence = tuple[np.ndarray, np.ndarray, list[int]]  # keys [T, d], values [T, d], where the needles are
 
 
@@ -22,10 +25,10 @@ class Draws:
         self._words = np.random.RandomState(seed)
 
     def randn(self, n: int) -> np.ndarray:
-        """n normal numbers; PyTorch's own as long as n is a multiple of 16, which it draws at a time."""
+        """n normal numbers in fp32; PyTorch's own as long as n is a multiple of 16, which it draws at a time."""
         u = self._raw(-(-n // 16) * 16).reshape(-1, 2, 8) % 2**24 / 2**24
         r, angle = np.sqrt(-2 * np.log(1 - u[:, 0])), 2 * np.pi * u[:, 1]
-        return np.stack([r * np.cos(angle), r * np.sin(angle)], axis=1).ravel()[:n]
+        return np.stack([r * np.cos(angle), r * np.sin(angle)], axis=1).ravel()[:n].astype(F32)
 
     def randint(self, low: int, high: int) -> int:
         """low <= number < high."""
@@ -40,7 +43,8 @@ class Draws:
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    return x / np.linalg.norm(x)
+    """x of length 1, in fp32; its length is taken in double, which every machine sums alike."""
+    return (x / np.linalg.norm(x.astype(np.float64))).astype(F32)
 
 
 def themes(draws: Draws, segments: int, length: int, width: int = WIDTH, noise: float = 0.03) -> np.ndarray:
@@ -50,7 +54,7 @@ def themes(draws: Draws, segments: int, length: int, width: int = WIDTH, noise: 
         mean = unit(draws.randn(width))
         n = max(2, length + draws.randint(-2, 3))
         tokens += [mean + noise * draws.randn(width) for _ in range(n)]
-    return np.stack(tokens)
+    return np.stack(tokens).astype(np.float64)
 
 
 def needles(draws: Draws, count: int, fill: int, width: int = WIDTH, noise: float = 0.02) -> Sequence:
@@ -64,7 +68,7 @@ def needles(draws: Draws, count: int, fill: int, width: int = WIDTH, noise: floa
         for _ in range(max(2, fill + draws.randint(-2, 3))):
             keys.append(unit(theme_key + noise * draws.randn(width)))
             values.append(theme_value + noise * draws.randn(width))
-    return np.stack(keys), np.stack(values), places
+    return np.stack(keys).astype(np.float64), np.stack(values).astype(np.float64), places
 
 
 @dataclass(frozen=True)

@@ -67,22 +67,30 @@ def updated(S: np.ndarray, features: Features) -> np.ndarray:
     return np.asarray(write_state(S[None], features, _SHAPE)[0])
 
 
-def states(keys: np.ndarray, values: np.ndarray, starts: Starts, update: Update) -> np.ndarray:
-    """The state of each block after its tokens, from zero: [blocks, d, d]."""
+def states(keys: np.ndarray, values: np.ndarray, starts: Starts, update: Update) -> tuple[np.ndarray, np.ndarray]:
+    """The state of each block after its tokens, from zero [blocks, d, d]; and the norm of what each token added [T]."""
     S = np.zeros((len(starts), values.shape[1], keys.shape[1]))
-    for block, k, v in zip(block_of(starts, len(keys)), keys, values, strict=True):
-        S[block] = updated(S[block], update(k, v))
-    return S
+    added = np.zeros(len(keys))
+    for t, block in enumerate(block_of(starts, len(keys))):
+        features = update(keys[t], values[t])
+        S[block], added[t] = written(S[block], features)
+    return S, added
 
 
-def recall(
-    keys: np.ndarray, values: np.ndarray, needles: list[int], starts: Starts, update: Update
-) -> float:
+def written(S: np.ndarray, features: Features) -> tuple[np.ndarray, float]:
+    """The state after one token, and the Frobenius norm of what it added to what was kept."""
+    after = np.asarray(write_state(S[None], features, _SHAPE)[0])
+    kept = features["keep"] * features["decay"] * S
+    return after, float(np.linalg.norm(after - kept))
+
+
+def recall(keys: np.ndarray, values: np.ndarray, needles: list[int], starts: Starts, update: Update) -> float:
     """The mean cosine of what the needles' keys read, after the last token, and the needles' values.
 
     The state that is read is that of the needle's position: the reader is told where to look.
     """
-    S, block = states(keys, values, starts, update), block_of(starts, len(keys))
+    S, _ = states(keys, values, starts, update)
+    block = block_of(starts, len(keys))
     return float(np.mean([cosine(S[block[t]] @ keys[t], values[t]) for t in needles]))
 
 
