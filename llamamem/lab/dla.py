@@ -5,9 +5,8 @@ No training, NumPy alone. The names of the figures are those of the published fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from llamamem.lab import dla_attention
 from llamamem.lab.dla_blocks import POLICIES, TAU, Case, Starts, block_of, fixed
 from llamamem.lab.dla_cache import CACHES, Memory
-from llamamem.lab.dla_data import WIDTH, Draws, Setting, needles, themes
+from llamamem.lab.dla_data import WIDTH, Draws, Sequence, Setting, needles, themes
 from llamamem.lab.dla_states import UPDATES, recall
 
 Trial = dict[str, Any]
@@ -94,29 +93,24 @@ def bound_trials(plan: Plan) -> Iterator[Trial]:
 def recall_trials(plan: Plan) -> Iterator[Trial]:
     for setting in plan.recall:
         for seed in range(plan.seeds):
-            keys, values, places, case = _case(plan, setting, 100 + seed)
-
-            def measured(starts: Starts, state: str, of: Any = (keys, values, places)) -> float:
-                return recall(*of, starts, UPDATES[state])
-
+            data, case = _case(plan, setting, 100 + seed)
             yield {
-                **_about("recall", setting, seed, len(keys)),
+                **_about("recall", setting, seed, case.length),
                 "m_dla": len(case.dla),
-                "recall_fixed": measured(fixed(case), "linear"),
-                "recall_hrm_delta": measured([0], "delta_rule"),
-                "recall_hrm_rwkv7": measured([0], "rwkv7"),
-                "recall_hrm_rwkv7_multi": measured(case.dla, "rwkv7"),
-                "recall_dla": measured(case.dla, "linear"),
+                "recall_fixed": recall(*data, fixed(case), UPDATES["linear"]),
+                "recall_hrm_delta": recall(*data, [0], UPDATES["delta_rule"]),
+                "recall_hrm_rwkv7": recall(*data, [0], UPDATES["rwkv7"]),
+                "recall_hrm_rwkv7_multi": recall(*data, case.dla, UPDATES["rwkv7"]),
+                "recall_dla": recall(*data, case.dla, UPDATES["linear"]),
             }
 
 
 def state_trials(plan: Plan) -> Iterator[Trial]:
-    for setting, policy, seed in _grid(plan):
-        keys, values, places, case = _case(plan, setting, _seed(setting, seed))
+    for setting, policy, seed, data, case in _grid(plan):
         starts = POLICIES[policy](case)
-        plain, better = (recall(keys, values, places, starts, UPDATES[state]) for state in ("linear", "rwkv7"))
+        plain, better = (recall(*data, starts, UPDATES[state]) for state in ("linear", "rwkv7"))
         yield {
-            **_about("state_only", setting, seed, len(keys)),
+            **_about("state_only", setting, seed, case.length),
             "policy": policy,
             "states": len(starts),
             "recall_linear_state": plain,
@@ -128,20 +122,19 @@ def state_trials(plan: Plan) -> Iterator[Trial]:
 def cache_trials(plan: Plan) -> list[Trial]:
     """Several states and a single one, with a cache beside them and without; and other updates of the states."""
     trials = []
-    for setting, policy, seed in _grid(plan):
-        keys, values, places, case = _case(plan, setting, _seed(setting, seed))
+    for setting, policy, seed, data, case in _grid(plan):
         starts = POLICIES[policy](case)
-        memories = {name: Memory(keys, values, places, starts, UPDATES[name]) for name in BACKBONES}
-        several, single = memories["rwkv7"], Memory(keys, values, places, [0], UPDATES["rwkv7"])
+        memories = {name: Memory(*data, starts, UPDATES[name]) for name in BACKBONES}
+        several, single = memories["rwkv7"], Memory(*data, [0], UPDATES["rwkv7"])
         for width in plan.caches:
-            trial = {**_about("hola", setting, seed, len(keys)), "policy": policy, "width": width}
+            trial = {**_about("hola", setting, seed, case.length), "policy": policy, "width": width}
             trial |= {"states": len(starts), "ms": several.recall()}
             for name, kind in (("ms+hola", "hola"), ("ms+hola-plain", "plain"), ("ms+recency", "recency")):
-                trial[name] = several.recall(CACHES[kind](keys, several.added, width))
-            held = {name: CACHES["hola"](keys, memory.added, width) for name, memory in memories.items()}
+                trial[name] = several.recall(CACHES[kind](data[0], several.added, width))
+            held = {name: CACHES["hola"](data[0], memory.added, width) for name, memory in memories.items()}
             trial["ms+hola-flat"] = several.recall(held["rwkv7"], flat=True)
             trial["single"] = single.recall()
-            trial["single+hola"] = single.recall(CACHES["hola"](keys, single.added, width))
+            trial["single+hola"] = single.recall(CACHES["hola"](data[0], single.added, width))
             trial["needle-in-cache"] = several.held(held["rwkv7"])
             for name, memory in memories.items():
                 trial[name], trial[f"{name}+hola"] = memory.recall(), memory.recall(held[name])
@@ -150,20 +143,21 @@ def cache_trials(plan: Plan) -> list[Trial]:
     return sorted(trials, key=lambda trial: plan.caches.index(trial["width"]))
 
 
-def _grid(plan: Plan) -> Iterator[tuple[Setting, str, int]]:
-    return ((setting, name, seed) for setting in plan.states for name in POLICIES for seed in range(plan.seeds))
+def _grid(plan: Plan) -> Iterator[tuple[Setting, str, int, Sequence, Case]]:
+    """Every setting, policy and seed; all policies cut the same sequences."""
+    for setting in plan.states:
+        seeds = [500 + 31 * seed + setting.segments for seed in range(plan.seeds)]
+        drawn = [_case(plan, setting, seed) for seed in seeds]
+        for policy in POLICIES:
+            for seed, (data, case) in enumerate(drawn):
+                yield setting, policy, seed, data, case
 
 
-def _seed(setting: Setting, seed: int) -> int:
-    return 500 + 31 * seed + setting.segments
-
-
-@cache
-def _case(plan: Plan, setting: Setting, seed: int) -> tuple[np.ndarray, np.ndarray, list[int], Case]:
+def _case(plan: Plan, setting: Setting, seed: int) -> tuple[Sequence, Case]:
     draws = Draws(seed)
     keys, values, places = needles(draws, setting.segments, setting.length, plan.width)
     contributions = (values[:, :, None] * keys[:, None, :]).reshape(len(keys), -1)
-    return keys, values, places, Case(contributions, places, setting.budget, draws, plan.tau)
+    return (keys, values, places), Case(contributions, places, setting.budget, draws, plan.tau)
 
 
 def _about(metric: str, setting: Setting, seed: int, length: int) -> Trial:
@@ -197,5 +191,5 @@ def grouped(trials: Iterable[Trial]) -> dict[tuple[tuple[str, Any], ...], list[T
     return groups
 
 
-def _figures(trial: Trial) -> Sequence[str]:
+def _figures(trial: Trial) -> list[str]:
     return [name for name in trial if name not in (*ROW_KEYS, "seed", "T")]

@@ -10,8 +10,7 @@ import torch
 from llamamem.errors import LlamamemError
 from llamamem.lab.mqar_plan import Preset, Run
 from llamamem.lab.mqar_results import Line, Results, of_plan
-from llamamem.lab.mqar_train import new_model, train_run
-from llamamem.lab.mqar_model import parameters
+from llamamem.lab.mqar_train import train_run
 
 # while a run is trained: it, epochs done, loss, validation accuracy; and runs done, runs in all
 Show = Callable[[Run, int, float, float, int, int], None]
@@ -24,9 +23,9 @@ def compare(
     device: str = "cpu",
     threads: int = 1,
     show: Show = lambda *args: None,
-    done: Callable[[Line], None] = lambda line: None,
-) -> dict[str, Line]:
-    """Trains every run whose line is not in the file yet; all of the preset's lines by key."""
+    done: Callable[[Line, int, int], None] = lambda *args: None,
+) -> list[Line]:
+    """Trains every run whose line is not in the file yet, and tells `done` how many are; all lines of the file."""
     if device != "cpu" and not torch.cuda.is_available():
         raise LlamamemError(f"--device {device}: PyTorch sees no GPU here; leave it out for the CPU")
     torch.set_num_threads(threads)
@@ -43,10 +42,5 @@ def compare(
                     show=lambda epoch, loss, seen, run=run, n=n: show(run, epoch, loss, seen, n, len(runs)),
                 )
                 there[run.key] = results.append(preset, run, outcome)
-                done(there[run.key])
-        return there
-
-
-def parameter_counts(preset: Preset) -> dict[str, int]:
-    """What each mixer's model has to train, by the key of its first run."""
-    return {run.key: parameters(new_model(preset, run)) for run in preset.runs() if run.seed == preset.seeds[0]}
+                done(there[run.key], len(there), len(runs))
+        return results.lines

@@ -57,7 +57,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """One comparison. Early stop: when the accuracy of the validation sets, one for each kind of `train`, is reached."""
+    """One comparison. A run stops early at an accuracy of the validation sets, which are one for each kind of `train`."""
 
     name: str
     vocab: int
@@ -85,11 +85,15 @@ class Preset:
         about = {key: value for key, value in asdict(self).items() if key not in ("name", "mixers", "lrs", "seeds")}
         return hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:12]
 
-    def runs(self) -> list[Run]:
-        """In an order in which what is there after any time is as even as it can be: seed by seed."""
+    @property
+    def main(self) -> int:
+        """Floats of the state at which pairs are looked at: the middle size."""
         sizes = sorted({mixer.state_floats(0) for mixer in self.mixers if mixer.arm != "attention"})
-        main = sizes[len(sizes) // 2]
-        first = [mixer for mixer in self.mixers if mixer.state_floats(0) in (0, main)]
+        return sizes[len(sizes) // 2]
+
+    def runs(self) -> list[Run]:
+        """In an order in which what is there after any time is as even as it can be: the middle size, seed by seed."""
+        first = [mixer for mixer in self.mixers if mixer.state_floats(0) in (0, self.main)]
         rest = [mixer for mixer in self.mixers if mixer not in first]
         return [
             Run(mixer, lr, seed)

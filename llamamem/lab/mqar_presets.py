@@ -53,7 +53,8 @@ PUBLISHED = Preset(
         Segment(1024, 256, 1000),
     ),
     mixers=(*_mixers(64, 2, 32, (2, 16, 4, 64)), Mixer("attention", 64, 2, 32)),
-    lrs=dict.fromkeys(ARMS, (1e-3, 10**-2.5, 1e-2, 10**-1.5)) | {"scalar-beta": (1e-3, 10**-2.5, 1e-2, 10**-1.5, 4.6e-2)},
+    lrs=dict.fromkeys(ARMS, (1e-3, 10**-2.5, 1e-2, 10**-1.5))
+    | {"scalar-beta": (1e-3, 10**-2.5, 1e-2, 10**-1.5, 4.6e-2)},
     seeds=(0, 1, 2),
     epochs=32,
     batch=256,
