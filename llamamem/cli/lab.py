@@ -44,6 +44,7 @@ class Gates(str, Enum):
 
 
 _SIZES = "NEEDLES:FILLER:K, commas between"
+_WIDE = 240  # columns: a row is a line, also where the terminal is narrower and wraps it
 _JSON = typer.Option("--json", help="Print one JSON object.")
 
 
@@ -91,7 +92,7 @@ def dla(
         found = None if findings is None else [{**vars(finding), "ok": finding.ok} for finding in findings]
         print(json.dumps({"ok": ok, **dla_report.summary(results), "check": found}))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False, soft_wrap=True, width=_WIDE)
         for table in dla_report.tables(results):
             table.show(console)
         for title, lines in (
@@ -141,7 +142,7 @@ def memory(
     if as_json:
         print(json.dumps({"gates": plan.gates, "seeds": seeds, "trials": trials}))
     else:
-        table.show(Console(highlight=False, soft_wrap=True))
+        table.show(Console(highlight=False, soft_wrap=True, width=_WIDE))
 
 
 def mqar(
@@ -177,7 +178,7 @@ def mqar(
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
-        report.show(Console(highlight=False, soft_wrap=True))
+        report.show(Console(highlight=False, soft_wrap=True, width=_WIDE))
 
 
 def _train(preset: str, path: Path, device: str, threads: int) -> list[Line]:

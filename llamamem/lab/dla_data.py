@@ -59,7 +59,9 @@ def themes(draws: Draws, segments: int, length: int, width: int = WIDTH, noise: 
 
 def needles(draws: Draws, count: int, fill: int, width: int = WIDTH, noise: float = 0.02) -> Sequence:
     """A needle, a key with a value, and then about `fill` tokens of a theme; and again."""
-    keys, values, places = [], [], []
+    keys: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    places: list[int] = []
     for _ in range(count):
         places.append(len(keys))
         keys.append(unit(draws.randn(width)))

@@ -57,7 +57,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """One comparison. A run stops early at an accuracy of the validation sets, which are one for each kind of `train`."""
+    """One comparison. A run stops early at an accuracy of the validation sets, one for each kind of `train`."""
 
     name: str
     vocab: int

@@ -28,7 +28,7 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         console.print(f"[bold]{self.title}[/]\n")
-        console.print(table, width=400, crop=False)  # a row is a line, however narrow the terminal
+        console.print(table)
         console.print(f"\n[dim]{self.about}[/]\n" if self.about else "")
 
 
