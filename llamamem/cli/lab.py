@@ -89,7 +89,7 @@ def dla(
         _drawn(output / "dla.png", lambda path: _draw_dla(results, path))
     ok = findings is None or all(finding.ok for finding in findings)
     if as_json:
-        found = None if findings is None else [{**vars(finding), "ok": finding.ok} for finding in findings]
+        found = [{**vars(finding), "ok": finding.ok} for finding in findings or ()]
         print(json.dumps({"ok": ok, **dla_report.summary(results), "check": found}))
     else:
         console = Console(highlight=False, soft_wrap=True, width=_WIDE)

@@ -19,7 +19,7 @@ Entries = list[int]  # positions of tokens
 def consolidated(keys: np.ndarray, added: np.ndarray, width: int) -> Entries:
     """What surprised the state; repetitions halve the score of what they repeat, a stronger token takes its place."""
     norms = np.linalg.norm(keys, axis=1)
-    alike = np.abs(keys @ keys.T) > ALIKE * np.outer(norms, norms)
+    alike = np.abs(np.einsum("id,jd->ij", keys, keys)) > ALIKE * np.outer(norms, norms)  # no BLAS, no threads to wake
     entries: Entries = []
     scores: list[float] = []
     for t, strength in enumerate(added):

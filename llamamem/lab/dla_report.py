@@ -28,9 +28,9 @@ def _bound(results: Results) -> Table:
     for row, trials in _with_trials(results.bound):
         lower = 1 - row["bound_dla"] / row["bound_fixed"]
         difference = [trial["bound_fixed"] - trial["bound_dla"] for trial in trials]
-        about = (row["config"], f"{row['nseg']}", f"{row['K']}", f"{row['m_dla']:.1f}")
+        place = (row["config"], f"{row['nseg']}", f"{row['K']}", f"{row['m_dla']:.1f}")
         figures = (f"{row['bound_fixed']:.3f}", f"{row['bound_dla']:.3f}", f"{100 * lower:.1f} %")
-        made.append((*about, *figures, shown(difference, 2)))
+        made.append((*place, *figures, shown(difference, 2)))
     head = ("config", "segments", "K", "states", "fixed", "DLA", "lower by", "difference")
     about = f"Deviation bound of a partition, lower is better. {_seeds(results)}"
     return Table("Deviation bound", head, tuple(made), about)
@@ -40,9 +40,9 @@ def _recall(results: Results) -> Table:
     names = ("recall_fixed", "recall_hrm_delta", "recall_hrm_rwkv7", "recall_hrm_rwkv7_multi", "recall_dla")
     made = []
     for row, trials in _with_trials(results.recall):
-        about = (f"{row['nseg']}", f"{row['nfill']}", f"{row['K']}", f"{row['m_dla']:.1f}")
+        place = (f"{row['nseg']}", f"{row['nfill']}", f"{row['K']}", f"{row['m_dla']:.1f}")
         difference = [trial["recall_dla"] - trial["recall_fixed"] for trial in trials]
-        made.append((*about, *(f"{row[name]:.3f}" for name in names), shown(difference)))
+        made.append((*place, *(f"{row[name]:.3f}" for name in names), shown(difference)))
     head = ("needles", "filler/seg", "K", "states", "fixed", "delta rule", "rwkv7", "rwkv7 multi-state", "DLA")
     about = (
         "Cosine of what a needle's key reads and its value, 1 is perfect. fixed and DLA: a sum in each block; delta "
@@ -54,9 +54,9 @@ def _recall(results: Results) -> Table:
 def _states(results: Results) -> Table:
     made = []
     for row, trials in _with_trials(results.states):
-        about = (row["policy"], f"{row['nseg']}", f"{row['nfill']}", f"{row['K']}", f"{row['states']:.1f}")
+        place = (row["policy"], f"{row['nseg']}", f"{row['nfill']}", f"{row['K']}", f"{row['states']:.1f}")
         figures = (f"{row['recall_linear_state']:.3f}", f"{row['recall_rwkv7_state']:.3f}")
-        made.append((*about, *figures, shown([trial["rwkv_minus_linear"] for trial in trials])))
+        made.append((*place, *figures, shown([trial["rwkv_minus_linear"] for trial in trials])))
     head = ("policy", "needles", "filler/seg", "K", "states", "linear", "RWKV-7", "difference")
     return Table("The same blocks, two updates of the state", head, tuple(made), f"Recall as above. {_seeds(results)}")
 
@@ -64,10 +64,10 @@ def _states(results: Results) -> Table:
 def _caches(results: Results) -> Table:
     made = []
     for row, trials in _with_trials(results.caches):
-        about = (f"{row['width']}", f"{row['nseg']}", f"{row['K']}", row["policy"], f"{row['states']:.0f}")
+        place = (f"{row['width']}", f"{row['nseg']}", f"{row['K']}", row["policy"], f"{row['states']:.0f}")
         gain = [trial["ms+hola"] - trial["ms"] for trial in trials]
         figures = tuple(f"{row[name]:.3f}" for name in _TABLE_OF_CACHES)
-        made.append((*about, *figures, f"{row['needle-in-cache']:.2f}", shown(gain)))
+        made.append((*place, *figures, f"{row['needle-in-cache']:.2f}", shown(gain)))
     head = ("w", "needles", "K", "policy", "states", *_TABLE_OF_CACHES, "needle in cache", "ms+hola - ms")
     about = (
         "A cache of w exact tokens beside the states. ms: a state a block; single: one for all; hola, plain and "

@@ -18,8 +18,8 @@ BETA = float(1 / (1 + np.exp(1.5)))  # of the delta rule
 
 _SHAPE = MemoryShape()  # of it, only that the erase gate is 1
 
-Features = dict[str, np.ndarray]
-Update = Callable[[np.ndarray, np.ndarray], Features]  # of a key and a value
+Features = dict[str, np.ndarray]  # of tokens, [T, d] each
+Update = Callable[[np.ndarray, np.ndarray], Features]  # of their keys and values
 
 
 def linear(k: np.ndarray, v: np.ndarray) -> Features:
@@ -34,7 +34,7 @@ def delta_rule(k: np.ndarray, v: np.ndarray) -> Features:
 
 def rwkv7(k: np.ndarray, v: np.ndarray) -> Features:
     """S' = .98 S + v k' + (S (-kh)) kh', kh of length 1."""
-    kh = k / (np.linalg.norm(k) + 1e-8)
+    kh = k / (np.linalg.norm(k, axis=-1, keepdims=True) + 1e-8)
     return _features(k, v, a=-kh, b=kh, decay=DECAY)
 
 
@@ -57,31 +57,31 @@ def _features(
     erase: float = 1.0,
     write: float = 1.0,
 ) -> Features:
-    one = np.ones((1, len(k)))
-    gates = {"keep": keep * one, "decay": decay * one, "erase": erase * one, "write": write * one}
-    return {"k": k[None], "v": v[None], "a": a[None], "b": b[None], **gates}
-
-
-def updated(S: np.ndarray, features: Features) -> np.ndarray:
-    """The state after one token."""
-    return np.asarray(write_state(S[None], features, _SHAPE)[0])
+    gates = {"keep": keep, "decay": decay, "erase": erase, "write": write}
+    return {"k": k, "v": v, "a": a, "b": b, **{name: np.full_like(k, gate) for name, gate in gates.items()}}
 
 
 def states(keys: np.ndarray, values: np.ndarray, starts: Starts, update: Update) -> tuple[np.ndarray, np.ndarray]:
-    """The state of each block after its tokens, from zero [blocks, d, d]; and the norm of what each token added [T]."""
+    """The state of each block after its tokens, from zero [blocks, d, d]; and the norm of what each token added [T].
+
+    Blocks know nothing of each other: the i-th tokens of all of them are written at once, as heads of one memory.
+    """
+    features = update(keys, values)
+    first, lengths = np.array(starts), np.diff([*starts, len(keys)])
     S = np.zeros((len(starts), values.shape[1], keys.shape[1]))
     added = np.zeros(len(keys))
-    for t, block in enumerate(block_of(starts, len(keys))):
-        features = update(keys[t], values[t])
-        S[block], added[t] = written(S[block], features)
+    for i in range(lengths.max()):
+        blocks = np.flatnonzero(lengths > i)
+        tokens = first[blocks] + i
+        S[blocks], added[tokens] = written(S[blocks], {name: value[tokens] for name, value in features.items()})
     return S, added
 
 
-def written(S: np.ndarray, features: Features) -> tuple[np.ndarray, float]:
-    """The state after one token, and the Frobenius norm of what it added to what was kept."""
-    after = np.asarray(write_state(S[None], features, _SHAPE)[0])
-    kept = features["keep"] * features["decay"] * S
-    return after, float(np.linalg.norm(after - kept))
+def written(S: np.ndarray, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """States [N, d, d] after a token each, and the Frobenius norms of what it added to what was kept [N]."""
+    after = write_state(S, features, _SHAPE)
+    kept = features["keep"][:, :, None] * features["decay"][:, None, :] * S
+    return after, np.linalg.norm(after - kept, axis=(1, 2))
 
 
 def recall(keys: np.ndarray, values: np.ndarray, needles: list[int], starts: Starts, update: Update) -> float:

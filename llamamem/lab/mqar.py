@@ -34,13 +34,11 @@ def compare(
         there = of_plan(results.lines, preset)
         for run in runs:
             if run.key not in there:
-                n = len(there)
-                outcome = train_run(
-                    preset,
-                    run,
-                    device=device,
-                    show=lambda epoch, loss, seen, run=run, n=n: show(run, epoch, loss, seen, n, len(runs)),
-                )
+
+                def progress(epoch: int, loss: float, seen: float, run: Run = run, n: int = len(there)) -> None:
+                    show(run, epoch, loss, seen, n, len(runs))
+
+                outcome = train_run(preset, run, device=device, show=progress)
                 there[run.key] = results.append(preset, run, outcome)
                 done(there[run.key], len(there), len(runs))
         return results.lines

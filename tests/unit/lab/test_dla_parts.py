@@ -81,10 +81,10 @@ def test_the_updates_are_what_they_say() -> None:
     }
     assert set(by_hand) == set(UPDATES)
     for name, want in by_hand.items():
-        after, added = written(S, UPDATES[name](k, v))
-        np.testing.assert_allclose(after, want, atol=1e-7, err_msg=name)
+        after, added = written(S[None], UPDATES[name](k[None], v[None]))
+        np.testing.assert_allclose(after[0], want, atol=1e-7, err_msg=name)
         kept = {"linear": 1.0, "delta_rule": 1 - BETA}.get(name, 0.98)
-        assert added == pytest.approx(np.linalg.norm(want - kept * S), abs=1e-7)
+        assert added[0] == pytest.approx(np.linalg.norm(want - kept * S), abs=1e-7)
 
 
 def test_a_state_holds_its_own_block_alone() -> None:

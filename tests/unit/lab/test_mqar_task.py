@@ -8,7 +8,9 @@ import pytest
 from llamamem.lab.mqar_task import IGNORED, examples
 
 
-def drawn(n: int = 200, length: int = 64, pairs: int = 8, vocab: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    n: int = 200, length: int = 64, pairs: int = 8, vocab: int = 64, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     return examples(np.random.default_rng(seed), n, length=length, pairs=pairs, vocab=vocab)
 
 
