@@ -93,15 +93,15 @@ def test_the_memory_is_measured_by_rank_states_and_chunk(llamamem: Callable[...,
     for seed in range(2):
         for rule in ("semantics 1", "semantics 2", "delta rule"):
             one, several = by[1, 1024, rule, seed], by[4, 1024, rule, seed]
-            assert one["told"] == one["own"] == several["told"], (
-                "nothing is written to the other states before a chunk is full"
-            )
+            assert one["own"] == pytest.approx(one["told"], abs=1e-6), "there is one state to read"
+            assert several["told"] == one["told"], "the others are empty until a chunk is full"
             assert by[4, 8, rule, seed]["told"] > one["told"] and by[4, 8, rule, seed]["written"] == 4
 
 
 def test_a_needle_alone_is_read_back_by_the_reader_that_ships() -> None:
     found = measure(Plan(needles=1, fill=2), MemoryShape(rank=8, states=1, chunk=4), "semantics 2", 0)
-    assert found["own"] == found["told"] > 0.9 and found["own_right"] == found["route"] == 1.0
+    assert found["own"] == pytest.approx(found["told"], abs=1e-6) and found["told"] > 0.9
+    assert found["own_right"] == found["route"] == 1.0
 
 
 def test_features_are_the_oracles() -> None:
