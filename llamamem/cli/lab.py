@@ -155,7 +155,7 @@ def mqar(
     ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
-    """Train DeltaNet, RWKV-7, RWKV-MS and attention on associative recall, at equal states; compare them pair by pair.
+    """Train DeltaNet, RWKV-7, RWKV-MS and attention on associative recall; compare them at equal states.
 
     Each run is a line of runs.jsonl as soon as it is done: what was stopped goes on when the command is given again.
 
