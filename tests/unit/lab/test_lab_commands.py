@@ -10,6 +10,7 @@ from typing import Any
 import json_docs
 import pytest
 
+from llamamem.cli.lab import Preset
 from llamamem.lab.dla_memory import Plan, features, measure
 from llamamem.lab.mqar_plan import Run, training, validation
 from llamamem.lab.mqar_presets import CPU, PRESETS, PUBLISHED, SMOKE
@@ -207,6 +208,7 @@ def test_recurrent_arms_have_the_same_state_at_each_size() -> None:
         assert all(len(lrs) >= 2 for lrs in preset.lrs.values())
         assert len({run.key for run in preset.runs()}) == len(preset.runs())
     assert {m.state_floats(64) for m in PUBLISHED.mixers} == {2048, 2 * 64 * 64}
+    assert {preset.value for preset in Preset} == set(PRESETS)
     assert len(CPU.seeds) == 3 and {line["format"] for line in _committed()} == {FORMAT}
 
 
