@@ -82,6 +82,8 @@ def dla(
         raise LlamamemError(
             "--check compares with the published figures; leave out --seeds, --sizes, --width and --tau"
         )
+    if output is not None:
+        dla_report.save(output, {})  # what cannot be written to is found out before, not after
     results = dla_lab.run(plan, hola=hola)
     findings = check_figures(results) if check else None
     if output is not None:
@@ -135,6 +137,8 @@ def memory(
         gates=gates.value,
         seeds=seeds,
     )
+    if output is not None:
+        dla_report.save(output, {})
     trials = list(dla_memory.trials(plan))
     table = dla_memory.table(plan, trials)
     if output is not None:
