@@ -4,7 +4,7 @@ PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
 LLAMAMEM := $(BIN)/llamamem
-CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches/src/*.cu tests/native/*.cpp tests/native/*.h tests/fuzz/*.cpp)
+CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches/src/*.cu tests/native/*.cpp tests/native/*.h tests/fuzz/*.cpp cmake/*.cpp)
 
 .PHONY: help setup python build demo test test-gpu test-native test-python test-reference lint types format bench fuzz vendor-verify clean distclean
 

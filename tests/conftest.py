@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,6 +13,11 @@ import pytest
 # would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Threads that wait spin: with more of them than idle processors a model of a megabyte takes minutes. Whatever starts
+# here has one thread unless a test says otherwise, and those of a test that does sleep while they wait.
+os.environ.setdefault("LLAMA_ARG_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # tests compose broken sidecars as the corpus' tool does
 

@@ -60,6 +60,8 @@ def _walk(value: Any, path: str, fields: Fields, seen: set[str]) -> list[str]:
         # an empty one shows nothing of its items
         seen |= set() if value else {field for field in fields if field.startswith(f"{path}[]")}
         return [f for v in value for f in _walk(v, f"{path}[]", fields, seen)]
+    if value is None:  # so does what is not there of its members
+        seen |= {field for field in fields if field.startswith(f"{path}.")}
     if path not in fields:
         return [f"{path}: not documented ({value!r})"]
     if isinstance(value, bool):  # which Python counts among the integers

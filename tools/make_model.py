@@ -186,6 +186,17 @@ def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], mean: float,
     return blocks.reshape(shape[0], -1)
 
 
+def _make_improbable(embedding: np.ndarray, rows: np.ndarray) -> None:
+    """The output is tied to the embedding: a sixteenth of it never wins, so that what the model says is text."""
+    if embedding.dtype == np.float32:
+        embedding[rows] /= 16
+    else:
+        blocks = embedding.reshape(embedding.shape[0], -1, 34)
+        scales = blocks[:, :, :2].copy().view(np.float16)
+        scales[rows] /= 16
+        blocks[:, :, :2] = scales.view(np.uint8)
+
+
 def write_base(path: Path, p: Preset, name: str, seed: int) -> None:
     """Writes the base, one tensor in memory at a time."""
     writer = gguf.GGUFWriter(path, "gemma4")
@@ -201,8 +212,12 @@ def write_base(path: Path, p: Preset, name: str, seed: int) -> None:
     writer.write_ti_data_to_file()
     writer.write_tensor_data(rope_freqs(p))
     rng = np.random.default_rng(seed)
-    for _, shape, mean, std in specs:
-        writer.write_tensor_data(random_tensor(rng, shape, mean, std, p.weights))
+    quiet = np.array([kind != gguf.TokenType.NORMAL for kind in vocabulary(p.vocab)[1]])
+    for tensor, shape, mean, std in specs:
+        data = random_tensor(rng, shape, mean, std, p.weights)
+        if tensor == "token_embd.weight":
+            _make_improbable(data, quiet)
+        writer.write_tensor_data(data)
     writer.close()
 
 

@@ -6,14 +6,23 @@ error.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
+import signal
 import sys
+import threading
+from typing import Any
 
-import typer
+# While all that follows is imported, Ctrl-C ends the process as it does any other: nothing is there to clean up.
+_interrupt = None
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    _interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from llamamem import __version__
-from llamamem.errors import LlamamemError
+import typer  # noqa: E402
+
+from llamamem import __version__  # noqa: E402
+from llamamem.cli import surroundings  # noqa: E402
+from llamamem.errors import LlamamemError  # noqa: E402
 
 __all__ = ["app", "main"]
 
@@ -24,6 +33,8 @@ VERBS = {
     "Runtime": ("build", "doctor", "vendor", "fixture", "parity", "reference", "train", "bench", "lab"),
     "Sidecars and memories": ("sidecar", "session", "state"),
 }
+
+_Usage: Any = typer.BadParameter.__mro__[2]  # the root of what typer raises for a wrong command line
 
 app = typer.Typer(
     name="llamamem",
@@ -61,11 +72,48 @@ for _heading, _verbs in VERBS.items():
 
 def main() -> None:
     """Entry point of the `llamamem` script: an error of the user's is one line, never a traceback."""
+    surroundings.prepare()
+    status = _run()
+    sys.exit(surroundings.flush(status))
+
+
+def _run() -> int:
     try:
-        app(prog_name="llamamem")  # also when it is run as a module: completion asks for that name
+        # also when it is run as a module: completion asks for that name
+        status = app(prog_name="llamamem", standalone_mode=False)
+        return status if isinstance(status, int) else 0
     except LlamamemError as error:
-        print(f"llamamem: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except BrokenPipeError:  # `llamamem ... | head`: nobody reads on, and flushing at exit must not say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _say(str(error))
+        return error.exit_status
+    except _Usage as error:
+        context = getattr(error, "ctx", None)
+        if not str(error.format_message()).strip() or type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # a group without a command: its help
+            return error.exit_code
+        # one line, and no box around it: what is written to a pipe is read line by line
+        said = " ".join(error.format_message().split())
+        command = context.command_path if context is not None else "llamamem"
+        _say(f"{said.rstrip('.?')}; `{command} --help` says what there is")
+        return error.exit_code
+    except typer.Abort:
+        _say("nothing was done: the question was not answered")
+        return 1
+    except KeyboardInterrupt:
+        return 130  # as a shell has it for Ctrl-C
+    except UnicodeError as error:
+        # before its own message could name it: a name that cannot be written down, in JSON for one
+        _say(f"a name is not valid in this encoding ({error}); rename the file, or use a UTF-8 locale")
+        return 2
+    except OSError as error:
+        if (lost := surroundings.lost_output(error)) is None:
+            raise
+        return lost
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"llamamem: error: {line}", file=sys.stderr, flush=True)
+
+
+if _interrupt is not None:
+    signal.signal(signal.SIGINT, _interrupt)

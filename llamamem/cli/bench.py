@@ -48,6 +48,7 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
+    from llamamem.native.cpu import cpu_name
     from llamamem.native.runtime import load_library
     from llamamem.proof.bench import run_bench
     from llamamem.proof.profile import run_profile
@@ -77,6 +78,7 @@ def bench(
             "kv": kv.value,
             "gpu_layers": gpu_layers,
             "profile": None if profiled is None else profiled.to_dict(),
+            "cpu": cpu_name(),
             "cpus": os.cpu_count(),
             "build": library.build_id,
         }
@@ -84,7 +86,8 @@ def bench(
         return
     where = f", memory on {', '.join(result.devices)}" if result.devices else ""
     table = Table(
-        title=f"{model.name}: {threads} thread(s), -ub {ubatch}, {repeat} repeats{where}; ratios are sidecar / base"
+        title=f"{model.name}: {threads} thread(s) of {cpu_name()}, -ub {ubatch}, {repeat} repeats{where};"
+        " ratios are sidecar / base"
     )
     for column in ("", "tokens", "base t/s", "sidecar t/s", "medians", "minima", "CPU time"):
         table.add_column(column, justify="left" if not column else "right")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llamamem.sessions import Chat
 
 HELP = """\
-/memory              what the slot remembers: tokens written, the norm of each layer's state
+/memory              what is remembered: whose memory, tokens written, the norm of each layer's state
 /save [NAME]         keep the memory as a session; without NAME, as the one that was loaded or saved last
 /save --force NAME   over whatever that session is now
 /load NAME           drop the text and go on with the memory of a session
@@ -48,7 +48,9 @@ def chat_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling; another each time unless given.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Cut an answer after so many.")] = None,
-    slot: Annotated[int, typer.Option(min=0, help="Slot to talk in, counted from 0; its text is dropped.")] = 0,
+    slot: Annotated[
+        int | None, typer.Option(min=0, help="Slot to be answered in, counted from 0; the server chooses unless given.")
+    ] = None,
     url: Url = None,
     slot_dir: SlotDir = None,
     api_key: ApiKey = None,
@@ -56,6 +58,9 @@ def chat_command(
     quota: Quota = None,
 ) -> None:
     """Talk to a running server. It begins with an empty memory, or with that of --session.
+
+    The memory goes with each request and comes back with the answer: no slot is taken, nobody else gets it, and nothing
+    is left in the server when the chat ends.
 
     Type /help for the commands: /memory, /save NAME, /load NAME, /reset, /quit. Ctrl-C interrupts an answer, Ctrl-D
     ends. Nothing is kept unless it is saved. When input is not a terminal it is a script: a line is a message or a
@@ -68,9 +73,7 @@ def chat_command(
 
     client, record = open_target(run, url, api_key)
     with client:
-        directory = slot_dir or (record.slot_dir if record else None)
-        run_id = record.run_id if record else None
-        sessions = Sessions(client, open_given_store(store, quota), directory, run_id=run_id) if directory else None
+        sessions = Sessions(client, open_given_store(store, quota))
         sampling = {"temperature": temperature, "top_k": None, "seed": seed, "max_tokens": max_tokens}
         chat = Chat(client, slot=slot, sessions=sessions, system=system, **sampling)
         if session is not None:
@@ -79,9 +82,8 @@ def chat_command(
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         if sys.stdin.isatty():
-            memory = "with a memory" if chat.has_memory else "without a memory"
             where = f"{record.name} at {client.url}" if record else str(client.url)
-            _note(f"llamamem: {where}, slot {slot}, {memory}; /help names the commands, Ctrl-D ends")
+            _note(f"llamamem: {where}, {_whose(chat)}; /help names the commands, Ctrl-D ends")
             _converse(chat)
         else:
             _read_script(chat)
@@ -92,7 +94,7 @@ def _converse(chat: Chat) -> None:
         import readline  # noqa: F401  (input() edits lines and remembers them with it)
     while True:
         try:
-            line = _typed()
+            line = _typed(f"{chat.session.name}> " if chat.session else "> ")
             if not _do(chat, line):
                 return
         except EOFError:
@@ -158,12 +160,17 @@ def _save_or_load(chat: Chat, command: str, argument: str) -> None:
 
 def _show_memory(chat: Chat) -> None:
     memory = chat.memory()
-    held = f"; session {chat.session.name!r}, generation {chat.session.generation}" if chat.session else ""
-    print(f"slot {chat.slot}: {memory.tokens_written} tokens written{held}")
+    print(f"{memory.tokens_written} tokens written; {_whose(chat)}")
     print("norm by layer:", "  ".join(f"{i}: {norm:.3g}" for i, norm in zip(memory.layers, memory.norms, strict=True)))
-    if memory.frozen or memory.scale != 1:
-        print(f"set on the slot: frozen {str(memory.frozen).lower()}, scale {memory.scale:g}")
     sys.stdout.flush()
+
+
+def _whose(chat: Chat) -> str:
+    if not chat.has_memory:
+        return "without a memory"
+    if chat.session is None:
+        return "on a memory of its own, which was empty"
+    return f"on the memory of session {chat.session.name!r}, generation {chat.session.generation}"
 
 
 def _answer(chat: Chat, text: str) -> None:
@@ -194,10 +201,10 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 
-def _typed() -> str:
+def _typed(prompt: str) -> str:
     if sys.stdout.isatty():
-        return input("> ")
-    sys.stderr.write("> ")
+        return input(prompt)
+    sys.stderr.write(prompt)
     sys.stderr.flush()
     return input()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+_MOST = 200  # names of sessions: nobody reads more
+
 
 def run_names(incomplete: str) -> list[str]:
     from llamamem.serving.runs import live_runs
@@ -16,10 +18,9 @@ def session_names(context: typer.Context, incomplete: str) -> list[str]:
     from llamamem.errors import LlamamemError
 
     try:
-        entries = open_given_store(context.params.get("store")).entries()
+        return open_given_store(context.params.get("store")).names(incomplete, _MOST)
     except LlamamemError:
         return []
-    return [entry.label for entry in entries if entry.session and entry.label.startswith(incomplete)]
 
 
 def profile_names(incomplete: str) -> list[str]:

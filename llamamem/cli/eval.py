@@ -36,7 +36,7 @@ def evaluate_command(
     top_k: Annotated[int | None, typer.Option(min=0, help="With a temperature above 0.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 123,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N lines only.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Lines at a time, each in its own slot.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Lines at a time.")] = 1,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -95,12 +95,6 @@ def _run(
             done = evaluate(client, lines, settings, progress=progress, **options)
     except KeyboardInterrupt as e:
         raise LlamamemError("interrupted; with --output the answers are kept") from e
-    if done.on_memory:
-        typer.echo(
-            f"llamamem: {len(done.on_memory)} of {len(done.answers)} lines began on a memory that their slot was given;"
-            " erase the slot to begin on none",
-            err=True,
-        )
     return done
 
 

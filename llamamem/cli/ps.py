@@ -13,6 +13,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.run import RunRecord
 from llamamem.serving.runs import Shown, all_runs, find_run, last_run, live_runs, shown_state, stop_run
 
+_FILE_NAME = 8  # characters of one that still say something
 KILLED = 3  # exit status, as that of `llamamem serve`
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which run, when several run: its name or run id.")]
@@ -96,18 +97,28 @@ def _print_table(shown: list[tuple[RunRecord, Shown]]) -> None:
 
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "state", "profile", "url", "pid", "for", "model", "sidecar", box=None, pad_edge=False)
+    heads = ("name", "state", "profile", "url", "pid", "for", "model", "sidecar")
+    rows = []
     for record, state in shown:
         sidecar = Path(record.sidecar).name if record.sidecar else "-"
         age = _age((record.ended or time.time()) - record.started) if state != "lost" else "-"
         model = Path(record.model).name
-        cells = [record.name, state, record.profile, record.url, str(record.pid), age, model, sidecar]
-        table.add_row(*map(escape, cells))
+        rows.append((record.name, state, record.profile, record.url, str(record.pid), age, model, sidecar))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # one line a run, for whoever reads on
+    # part of a URL is none: what is short of room are the files' names, and where none is left for them they stay out
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    n = len(heads) if sum(widths[:-2]) + 2 * len(heads) + 2 * _FILE_NAME <= console.width else len(heads) - 2
+    columns = (
+        Column(head, no_wrap=True, min_width=width if i < len(heads) - 2 else None)
+        for i, (head, width) in enumerate(zip(heads[:n], widths, strict=False))
+    )
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row[:n]))
     console.print(table)
 
 

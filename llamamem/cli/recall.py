@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -46,22 +45,19 @@ def recall_command(
     asked = _rows(rows)
     files, build = demo_files(data), find_build(bin_dir=bin_dir)
     longest = max(40 * facts + gap for facts, gap in asked)
-    with tempfile.TemporaryDirectory(prefix="llamamem-recall-") as slots:
-        serve = ["--model", str(files.model), "--sidecar", str(files.sidecar), "--port", "0", "--profile", "fused"]
-        serve += ["--ctx-size", str(1024 * (1 + longest // 512)), "--bin-dir", str(build.bin_dir), "--slot-dir", slots]
-        serve += ONE_THREAD
-        console = Console(stderr=True)
-        bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        with served(serve) as server, Client(server.url, timeout=LONGEST) as client, bar:
-            task = bar.add_task("episodes", total=None)
-            report = recall(
-                client,
-                Path(slots),
-                rows=asked,
-                episodes=episodes,
-                seed=seed,
-                show=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+    serve = ["--model", str(files.model), "--sidecar", str(files.sidecar), "--port", "0", "--profile", "fused"]
+    serve += ["--ctx-size", str(1024 * (1 + longest // 512)), "--bin-dir", str(build.bin_dir), *ONE_THREAD]
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with served(serve) as server, Client(server.url, timeout=LONGEST) as client, bar:
+        task = bar.add_task("episodes", total=None)
+        report = recall(
+            client,
+            rows=asked,
+            episodes=episodes,
+            seed=seed,
+            show=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     if png is not None:
         draw_recall(report, png)
     if as_json:

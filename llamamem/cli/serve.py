@@ -17,9 +17,11 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.demo_files import demo_files
 from llamamem.formats.run import RunRecord, state_dir
 from llamamem.native.build import Build, find_build
+from llamamem.serving.digests import file_sha256
 from llamamem.serving.foreground import STOPPED, Signals, StopRequested, serve_foreground
+from llamamem.serving.machine import processors
 from llamamem.serving.preflight import Checked, check
-from llamamem.serving.profiles import Plan, make_plan
+from llamamem.serving.profiles import PAGE, Plan, make_plan
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +71,7 @@ def serve(
     if model is None:
         raise LlamamemError("--model is missing; give a base GGUF, or --demo for the small model of `llamamem demo`")
     if sidecar is not None and slot_dir is None:
-        slot_dir = state_dir() / "slots" / sidecar.stem
+        slot_dir = state_dir() / "slots" / _slot_dir_name(sidecar)
     build = find_build(bin_dir=bin_dir)
     plan = make_plan(
         model.absolute(),
@@ -81,6 +83,8 @@ def serve(
         host=host,
         port=port,
         slot_dir=slot_dir.absolute() if slot_dir else None,
+        threads=ours.usable if (ours := processors()).limit else None,
+        page=PAGE,
         extra=context.args,
     )
     if dry_run:
@@ -111,6 +115,14 @@ def serve(
             on_ready=on_ready,
         )
     raise typer.Exit(status)
+
+
+def _slot_dir_name(sidecar: Path) -> str:
+    """Of its own for each sidecar: two of one file name would write into each other's files."""
+    try:
+        return f"{sidecar.stem}-{file_sha256(sidecar)[:8]}"
+    except LlamamemError:  # preflight says what is wrong with it
+        return sidecar.stem
 
 
 def _check(plan: Plan, build: Build, memory_check: bool, signals: Signals) -> Checked:

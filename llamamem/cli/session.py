@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,8 @@ import typer
 from llamamem.cli.completion import run_names, session_names
 from llamamem.errors import LlamamemError
 from llamamem.sessions import Session, Sessions, SessionStore, open_store
+from llamamem.sessions.resumed import release, sweep
+from llamamem.sessions.session import Generation
 
 Store = Annotated[
     str | None,
@@ -37,8 +40,8 @@ Run = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Which server, when several run: its name or run id.", autocompletion=run_names),
 ]
-Url = Annotated[str | None, typer.Option(help="A server that `llamamem serve` did not start; with --slot-dir.")]
-SlotDir = Annotated[Path | None, typer.Option(help="That server's --slot-save-path.")]
+Url = Annotated[str | None, typer.Option(help="A server that `llamamem serve` did not start.")]
+SlotDir = Annotated[Path | None, typer.Option(help="That server's --slot-save-path; not needed any more.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="Key that the server asks for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -48,13 +51,15 @@ _AGES = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="Memories of conversations by name: started, resumed in a slot of a server, saved, listed, removed.",
+        help="Memories of conversations by name: started, resumed in a slot, saved, brought back, listed, removed.",
         no_args_is_help=True,
     )
     group.command("start")(start)
     group.command("resume")(resume)
     group.command("save")(save)
     group.command("list")(list_sessions)
+    group.command("history")(history)
+    group.command("undo")(undo)
     group.command("rm")(remove)
     group.command("prune")(prune)
     app.add_typer(group, name="session")
@@ -96,7 +101,7 @@ def resume(
 
     Exit status: 0 done, 2 it could not be done.
     """
-    with _sessions(open_given_store(store), run, url, slot_dir, api_key) as sessions:
+    with _sessions(open_given_store(store), run, url, api_key) as sessions:
         _report(sessions.resume(name, slot), f"resumed in slot {slot}", as_json)
 
 
@@ -114,14 +119,27 @@ def save(
 ) -> None:
     """Keep the memory of a slot as the next generation of the session that was resumed in it.
 
+    What does not go on from there is refused: a slot that was reset or given another memory since, a new chat in it
+    after the last save, a server that started again. The generation before is kept: `llamamem session undo`.
+
     Exit status: 0 saved, 1 another writer saved the session since it was resumed, 2 it could not be done.
     """
-    with _sessions(open_given_store(store, quota), run, url, slot_dir, api_key) as sessions:
+    with _sessions(open_given_store(store, quota), run, url, api_key) as sessions:
         _report(sessions.save(name, slot, force=force), f"saved from slot {slot}", as_json)
 
 
-def list_sessions(store: Store = None, as_json: Json = False) -> None:
-    """List the sessions.
+def list_sessions(
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="A page: so many, in the store's order.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(metavar="NAME", help="The page after that one.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every state, and compare it with its hash.")] = False,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """List the sessions, all of them by name or a page. What is damaged is listed with its fault.
+
+    Without --verify states are not read: one that is missing or of another length is found, other bytes are not.
 
     Exit status: 0 all are whole, 1 some are damaged, 2 the store cannot be read.
     """
@@ -130,13 +148,15 @@ def list_sessions(store: Store = None, as_json: Json = False) -> None:
     from rich.table import Table
 
     opened = open_given_store(store)
-    entries = opened.entries()
+    entries = opened.entries(after=after, limit=limit, verify=verify)
+    more = entries[-1].label if limit is not None and len(entries) == limit else None
     if as_json:
         sessions = [
             {"label": e.label, "fault": e.fault, **(e.session.model_dump(mode="json") if e.session else {})}
             for e in entries
         ]
-        print(json.dumps({"store": opened.location, "total_bytes": opened.total_bytes(), "sessions": sessions}))
+        total = opened.total_bytes()
+        print(json.dumps({"store": opened.location, "total_bytes": total, "next": more, "sessions": sessions}))
     elif entries:
         table = Table("name", "tokens", "used (UTC)", "generation", "sidecar", "from", "", box=None, pad_edge=False)
         for e in entries:
@@ -149,17 +169,47 @@ def list_sessions(store: Store = None, as_json: Json = False) -> None:
         if not console.is_terminal:
             console.width = 10_000  # one line a session, for whoever reads on
         console.print(table)
+        if more is not None:
+            typer.echo(f"the next page: --limit {limit} --after {shlex.quote(more)}", err=True)
     if any(e.fault for e in entries):
         raise typer.Exit(1)
+
+
+def history(name: OldName, store: Store = None, as_json: Json = False) -> None:
+    """Show the generations of a session that are kept, the newest first.
+
+    Exit status: 0 shown, 2 it could not be.
+    """
+    session, _ = open_given_store(store).load(name)
+    kept = [session, *([session.before] if session.before else [])]
+    if as_json:
+        fields = set(Generation.model_fields)
+        generations = [generation.model_dump(mode="json", include=fields) for generation in kept]
+        print(json.dumps({"name": session.name, "generations": generations}))
+        return
+    for generation in kept:
+        saved = f"{generation.saved:%Y-%m-%d %H:%M} UTC" if generation.saved else "-"
+        print(f"generation {generation.generation}  saved {saved}  {generation.tokens} tokens")
+
+
+def undo(name: OldName, store: Store = None, as_json: Json = False) -> None:
+    """Bring back the generation before, as the next one; undone once more, all is as it was.
+
+    Exit status: 0 done, 2 it could not be done.
+    """
+    _report(open_given_store(store).undo(name), "is as it was before its last save", as_json)
 
 
 def remove(
     names: Annotated[
         list[str], typer.Argument(metavar="NAME...", help="Sessions, damaged ones too.", autocompletion=session_names)
     ],
+    keep_slot: Annotated[bool, typer.Option("--keep-slot", help="Leave the slots in which they were resumed.")] = False,
+    slot_dir: Annotated[Path | None, typer.Option(help="Also sweep what killed processes left there.")] = None,
+    api_key: ApiKey = None,
     store: Store = None,
 ) -> None:
-    """Remove sessions.
+    """Remove sessions, and every copy of their memory: older generations, the slots in which they were resumed.
 
     Exit status: 0 done, 2 it could not be done.
     """
@@ -167,6 +217,10 @@ def remove(
     for name in names:
         opened.remove(name)
         typer.echo(f"removed {name!r}", err=True)
+        key = api_key.split(",")[0] if api_key else None
+        for left in release(opened.location, name, api_key=key, keep_slot=keep_slot):
+            typer.echo(f"llamamem: warning: {left}", err=True)
+    sweep(slot_dir)
 
 
 def prune(
@@ -174,11 +228,15 @@ def prune(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what was not used for a while; what is damaged stays. Prints the names.
+    """Remove what was not used for a while; what is damaged stays, and so do slots. Prints the names.
 
     Exit status: 0 done, 2 it could not be done.
     """
-    removed = open_given_store(store).prune(_age(older_than))
+    opened = open_given_store(store)
+    removed = opened.prune(_age(older_than))
+    for name in removed:
+        release(opened.location, name, keep_slot=True)
+    sweep()
     if as_json:
         print(json.dumps({"removed": removed}))
     else:
@@ -193,17 +251,12 @@ def open_given_store(store: str | None, quota: str | None = None) -> SessionStor
 
 
 @contextmanager
-def _sessions(
-    store: SessionStore, run: str | None, url: str | None, slot_dir: Path | None, api_key: str | None
-) -> Iterator[Sessions]:
+def _sessions(store: SessionStore, run: str | None, url: str | None, api_key: str | None) -> Iterator[Sessions]:
     from llamamem.serving.target import open_target
 
     client, record = open_target(run, url, api_key)
     with client:
-        directory = slot_dir or (record.slot_dir if record else None)
-        if directory is None:
-            raise LlamamemError(f"{client.url}: its slot directory is not known; give --slot-dir")
-        yield Sessions(client, store, directory, run_id=record.run_id if record else None)
+        yield Sessions(client, store, run_id=record.run_id if record else None)
 
 
 def _report(session: Session, done: str, as_json: bool) -> None:

@@ -23,10 +23,8 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     trace: Annotated[Path, typer.Argument(metavar="TRACE.json", help="Schema delta_mem_rwkv_ms_reference_trace.v1.")],
-    slot: Annotated[int, typer.Option(min=0, help="Slot to ask in; its text is dropped.")] = 0,
-    erase: Annotated[
-        bool, typer.Option("--erase", help="Erase the slot first, with the memory that it was given.")
-    ] = False,
+    slot: Annotated[int, typer.Option(min=0, help="Slot to ask in; its memory is left alone.")] = 0,
+    erase: Annotated[bool, typer.Option("--erase", help="Erase the slot first; not needed any more.")] = False,
     run: Run = None,
     url: Url = None,
     api_key: ApiKey = None,

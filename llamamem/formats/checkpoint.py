@@ -22,6 +22,7 @@ from safetensors import SafetensorError, deserialize
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor
+from llamamem.formats.regular import open_regular
 from llamamem.formats.sidecar_config import parse_json
 
 ADAPTER = "delta_mem_adapter"
@@ -59,10 +60,12 @@ def read_checkpoint(path: str | Path, config: str | None = None) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise LlamamemError(f"{path}: no such checkpoint directory; give the one that holds {ADAPTER}.pt")
-    candidates = [path / f"{ADAPTER}{suffix}" for suffix in (".safetensors", ".pt")]
-    adapter = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if adapter is None:
+    found = [file for suffix in (".safetensors", ".pt") if (file := path / f"{ADAPTER}{suffix}").is_file()]
+    if not found:
         raise LlamamemError(f"{path}: holds neither {ADAPTER}.safetensors nor {ADAPTER}.pt")
+    if len(found) > 1:
+        raise LlamamemError(f"{path}: holds {found[0].name} and {found[1].name}; move away the one that is not meant")
+    adapter = found[0]
     tensors = read_safetensors(adapter) if adapter.suffix == ".safetensors" else read_torch_zip(adapter)
     if not tensors:
         raise LlamamemError(f"{adapter}: holds no tensors")
@@ -197,7 +200,8 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     try:
         if path.stat().st_size > limit:
             raise LlamamemError(f"{path}: over {limit >> 20} MiB; no such file of a checkpoint is that large")
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except OSError as e:
         raise LlamamemError(f"{path}: cannot be read ({e.strerror})") from None
 

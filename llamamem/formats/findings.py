@@ -56,7 +56,7 @@ REASONS = {
     "tensor-nonfinite": "a tensor holds a NaN or an infinity",
     "tensor-unknown": "a tensor has no place in the memory, so it may change the maths",
     "base-architecture": "the base is of an architecture that a memory is not supported on",
-    "base-split": "the base is split into several files",
+    "base-split": "the base is split into several files, and not all of them are there",
     "base-shape": "the base has other layers or widths than the sidecar was made for",
     "base-heads": "the base has no projection of its own for a delta of k or v",
     "base-hash": "the base is not the file that the sidecar was made for",

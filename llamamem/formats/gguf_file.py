@@ -23,6 +23,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.findings import quoted
+from llamamem.formats.regular import open_regular
 
 ALIGNMENT = 32
 TYPE_SIZE = {"BF16": 2, "F16": 2, "F32": 4}  # bytes of a value
@@ -95,7 +96,7 @@ def read_gguf_index(path: str | Path) -> GgufIndex:
     """Keys and tensor list of any GGUF file. Raises LlamamemError if it is missing, not GGUF, or damaged."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             at = _Cursor(file, os.fstat(file.fileno()).st_size)
             try:
                 return _read_index(path, at)
@@ -161,10 +162,10 @@ def write_gguf(path: str | Path, fields: Mapping[str, GgufField], tensors: Seque
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it replaces `path` when all went well and is removed when not.
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A new file beside `path` to write to; it replaces `path` when all went well and is removed when not.
 
-    What was written, and that it was renamed, is on the disk on return.
+    What was written, and that it was renamed, is on the disk on return. `mode` is subject to the umask.
     """
     if not path.parent.is_dir():
         raise LlamamemError(f"{path}: its directory does not exist; create it or give another --output")
@@ -172,6 +173,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise LlamamemError(f"{path}: is a directory; give a file name as --output")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.unlink(missing_ok=True)  # of a dead process of our number, or a link that would be written through
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
@@ -199,9 +202,9 @@ def _refused(reason: str, text: str) -> LlamamemError:
 def _read_whole(path: Path) -> bytes:
     """At once, so that what is checked is what is used."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            # memory is taken for all that is asked for: never more than there is, which of a pipe is not known
+            # memory is taken for all that is asked for: never more than there is
             pieces = [file.read(size)] if size <= _MAX_FILE else []
             while size <= _MAX_FILE and (piece := file.read(_PIECE)):
                 pieces.append(piece)

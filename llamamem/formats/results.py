@@ -46,12 +46,12 @@ class Served(BaseModel):
 
 
 class Answer(BaseModel):
-    """`request` is the body that was sent, `request_sha256` that of all of it but the slot.
+    """`request` is the body that was sent, `request_sha256` that of all of it but where and on which memory.
 
     ok:          every expectation holds; None when the line has none.
     error:       the server's reason when it refused; then there is no response, and no expectation holds.
     latency_ms:  from sending the request to having the whole answer.
-    memory:      the slot's, read right after: tokens_written, frozen, scale. None without a memory.
+    memory:      after the answer: tokens_written, and origin, what it began on. None without a memory.
     time:        when it was asked, seconds since the epoch.
     """
 
@@ -77,7 +77,7 @@ class Answer(BaseModel):
 
 
 def request_sha256(request: dict[str, Any]) -> str:
-    asked = {key: value for key, value in request.items() if key != "id_slot"}
+    asked = {key: value for key, value in request.items() if key not in ("id_slot", "rwkv_ms")}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

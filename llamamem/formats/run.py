@@ -15,6 +15,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.private import private_directory
 from llamamem.formats.validation import first_fault
 
 State = Literal["starting", "ready", "stopped", "killed", "exited", "failed"]
@@ -70,7 +71,7 @@ def runs_dir() -> Path:
 
 
 def write_run(record: RunRecord, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import AttentionLayer, BaseModel, base_faults, file_sha256, read_base
+from llamamem.formats.base import AttentionLayer, BaseModel, base_faults, base_sha256, read_base
 from llamamem.formats.findings import Findings
 from llamamem.formats.gguf_file import read_gguf_index
 from llamamem.formats.sidecar_keys import Said
@@ -28,8 +28,8 @@ def check_base(
         refused += model_faults(read_base(base), hidden, layers, said.delta_heads or ())
     for fault in refused:
         faults.add(fault)
-    if said.base_sha256 is not None:
-        sha256 = file_sha256(base, progress)
+    if said.base_sha256 is not None and all(fault.reason != "base-split" for fault in refused):
+        sha256 = base_sha256(base, progress)
         if sha256 != said.base_sha256:
             faults.add(hash_fault(path, said.base_sha256, base, sha256))
 
@@ -71,7 +71,8 @@ def hash_fault(path: Path, said: str, base: Path, sha256: str) -> LlamamemError:
     """That `base` is another file than the one whose SHA-256 the sidecar `path` has."""
     return LlamamemError(
         f"base {base} has SHA-256 {sha256}, but sidecar {path} is bound to {said}; "
-        "give the base that the sidecar was made for",
+        "give the base that the sidecar was made for, or, for another quantisation of that model, a sidecar that "
+        "`llamamem sidecar rebind` bound to it",
         reason="base-hash",
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from gguf import GGUFReader
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import file_sha256, read_base
+from llamamem.formats.base import base_sha256, read_base
 from llamamem.formats.gguf_file import ALIGNMENT, replacing
 from llamamem.formats.outputs import check_sidecar_target
 from llamamem.formats.sidecar import HEADS, PREFIX, Sidecar, manifest_entry, read_sidecar
@@ -59,7 +59,7 @@ def rebind_sidecar(
     recorded = sidecar.fields.get(f"{PREFIX}base_model")
     if recorded is not None and recorded.value != model.name:
         warnings.append(f"{model.path}: general.name is {model.name!r}, the sidecar was made for {recorded.value!r}")
-    strings = {f"{PREFIX}base_gguf_sha256": file_sha256(model.path, progress)}
+    strings = {f"{PREFIX}base_gguf_sha256": base_sha256(model.path, progress)}
     if f"{PREFIX}base_gguf" in sidecar.fields:
         strings[f"{PREFIX}base_gguf"] = model.path.name
     _copy(sidecar, output, strings, {})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import AttentionLayer, BaseModel, file_sha256, read_base
+from llamamem.formats.base import AttentionLayer, BaseModel, base_sha256, file_sha256, read_base
 from llamamem.formats.checkpoint import Checkpoint, read_checkpoint
 from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf_index, write_gguf
 from llamamem.formats.outputs import check_manifest_target, check_sidecar_target, write_json
@@ -67,9 +67,9 @@ def export_sidecar(
     plain = {name: tensor for name, (_, tensor) in tensors.items()}
     _check(source, model, fields, plain)
 
-    hashes = {"base_gguf_sha256": file_sha256(model.path, progress)}
+    hashes = {"base_gguf_sha256": base_sha256(model.path, progress)}
     if projector is not None:
-        hashes |= {"mmproj_gguf": projector.name, "mmproj_gguf_sha256": file_sha256(projector, progress)}
+        hashes |= {"mmproj_gguf": projector.name, "mmproj_gguf_sha256": file_sha256(projector, progress=progress)}
     for key, value in hashes.items():
         fields[PREFIX + key] = replace(fields[PREFIX + key], value=value)
     write_gguf(output, fields, list(plain.values()))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.base import file_sha256
 from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import replacing
+from llamamem.formats.regular import NotRegular, open_regular
 from llamamem.formats.sidecar import Sidecar
 from llamamem.formats.state_block import (
     CHECKPOINT,
@@ -35,6 +35,7 @@ from llamamem.formats.state_block import (
     MEMORY,
     ORIGINS,
     SEQUENCE,
+    SETTING,
     STATE_REASONS,
     TRAILER,
     VERSION,
@@ -53,16 +54,35 @@ __all__ = [
     "SEQUENCE",
     "STATE_REASONS",
     "Identity",
+    "Setting",
     "State",
+    "decode_state",
     "encode_state",
     "identity_of",
+    "origin_sha256",
     "read_state",
     "write_state",
 ]
 
+_VALUES = 12 + 320  # bytes before the values of a memory alone: the heads of file and block
 _MAX_LAPS = 1 << 24  # f32 counts no further by ones
 _MAX_PERIOD = _MAX_STATE = 1 << 24  # as a sidecar's
+_SETTING = struct.Struct("<fIQ")
+_FLAGS = {
+    SEQUENCE: MADE_BY_TOOL | ORIGINS | SETTING,
+    CONTEXT: MADE_BY_TOOL | ORIGINS,
+    CHECKPOINT: MADE_BY_TOOL | ORIGINS | SETTING,
+    MEMORY: MADE_BY_TOOL,
+}
 _LIMITS = {"layers": 4096, "heads": 64, "states": 1024, "rank": 256, "chunk": 1 << 24, "semantics": 2}
+
+
+class Setting(NamedTuple):
+    """What a text was computed under: only read, a factor of the deltas, a hash of the scales of LoRA adapters."""
+
+    scale: float
+    frozen: bool
+    lora: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +105,7 @@ class State:
     token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # i32 [n]
     architecture: str = ""  # of a whole context
     kv_bytes: int = 0
+    setting: Setting | None = None  # that the text was computed under; None: the default
     origin_tokens: np.ndarray | None = None  # int64 [cells, layers]: tokens written to what each started with
     path: Path | None = None
     size: int = 0  # bytes of the file
@@ -162,16 +183,39 @@ def read_state(
     if sidecar is not None and identity is None:
         identity = identity_of(sidecar)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise refused("state-unreadable", "is not a file")
-        with path.open("rb") as file:
-            raw = read_raw(file, os.fstat(file.fileno()).st_size, progress)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = read_raw(
+                file,
+                size,
+                progress,
+                lambda magic, header, n_tokens: _check_header(magic, header, n_tokens, sidecar, identity, kinds),
+            )
         state = _check(raw, sidecar, identity, kinds)
+    except (NotRegular, IsADirectoryError):
+        raise _of_file(path, refused("state-unreadable", "is not a file")) from None
     except OSError as e:
         raise _of_file(path, refused("state-unreadable", f"cannot be read ({e.strerror})")) from None
     except LlamamemError as e:
         raise _of_file(path, e) from None
     return replace(state, path=path)
+
+
+def decode_state(data: bytes, *, identity: Identity | None = None) -> State:
+    """The same checks of the bytes of a file of kind 4, a memory alone, that came some other way."""
+    try:
+        return _check(read_raw(io.BytesIO(data), len(data)), None, identity, (MEMORY,))
+    except LlamamemError as e:
+        raise LlamamemError(f"[{e.reason}] {e}", reason=e.reason) from None
+
+
+def origin_sha256(data: bytes) -> str | None:
+    """What a server calls the memory of such a file, of which a text begins: the hash of its values alone.
+
+    None for the empty memory. `data` is that of a file that was checked.
+    """
+    values = data[_VALUES : -TRAILER.size]
+    return hashlib.sha256(values).hexdigest() if any(values) else None
 
 
 def write_state(path: str | Path, state: State) -> State:
@@ -185,7 +229,7 @@ def write_state(path: str | Path, state: State) -> State:
         written = _check(read_raw(io.BytesIO(data), len(data)), None, None, (MEMORY,))
     except LlamamemError as e:
         raise _of_file(path, e) from None
-    with replacing(path) as part:
+    with replacing(path, mode=0o600) as part:  # what somebody said may be read out of a memory
         part.write_bytes(data)
     return replace(written, path=path)
 
@@ -232,7 +276,18 @@ def _of_file(path: Path, fault: LlamamemError) -> LlamamemError:
 
 def _check(raw: RawState, sidecar: Sidecar | None, identity: Identity | None, kinds: Collection[int]) -> State:
     """What the bytes mean: from `state-identity` on."""
-    header = raw.header
+    _check_header(raw.magic, raw.header, len(raw.token_ids) // 4, sidecar, identity, kinds)
+    return _state(raw)
+
+
+def _check_header(
+    magic: int,
+    header: Header,
+    n_tokens: int,
+    sidecar: Sidecar | None,
+    identity: Identity | None,
+    kinds: Collection[int],
+) -> None:
     found = Identity(header.sidecar.hex(), header.base.hex())
     if header.fingerprint.hex() != found.fingerprint:
         raise refused("state-identity", "its fingerprint is not that of the sidecar and base that it names")
@@ -242,17 +297,15 @@ def _check(raw: RawState, sidecar: Sidecar | None, identity: Identity | None, ki
             f"belongs to sidecar {found.sidecar_sha256} and base {found.base_sha256}, "
             f"this is sidecar {identity.sidecar_sha256} and base {identity.base_sha256}",
         )
-    if header.kind not in ((CONTEXT,) if raw.magic == GGSN else (SEQUENCE, MEMORY)):
+    if header.kind not in ((CONTEXT,) if magic == GGSN else (SEQUENCE, MEMORY)):
         raise refused("state-kind", f"says kind {header.kind}, which does not stand in such a file")
     if header.kind not in kinds:
         wanted = " or ".join(f"'{KINDS[kind]}'" for kind in kinds)
         raise refused("state-kind", f"is of kind '{KINDS[header.kind]}', must be {wanted}")
-    _check_shape(raw, sidecar)
-    return _state(raw)
+    _check_shape(header, n_tokens, sidecar)
 
 
-def _check_shape(raw: RawState, sidecar: Sidecar | None) -> None:
-    header = raw.header
+def _check_shape(header: Header, n_tokens: int, sidecar: Sidecar | None) -> None:
     for name, most in _LIMITS.items():
         if not 1 <= getattr(header, name) <= most:
             raise refused("state-shape", f"{name} is {getattr(header, name)}, must be from 1 to {most}")
@@ -264,13 +317,19 @@ def _check_shape(raw: RawState, sidecar: Sidecar | None) -> None:
         raise refused("state-shape", f"values is {header.values}, must be {values} with these heads, states and rank")
     if header.cells < 1 or (header.cells > 1 and header.kind != CONTEXT):
         raise refused("state-shape", f"cells is {header.cells}, impossible for kind '{KINDS[header.kind]}'")
-    if header.kind == MEMORY and (raw.token_ids or header.kv_bytes):
+    if header.kind == MEMORY and (n_tokens or header.kv_bytes):
         raise refused("state-shape", "is a memory alone, and yet has token ids or a KV cache")
-    if header.flags & ~(MADE_BY_TOOL if header.kind == MEMORY else MADE_BY_TOOL | ORIGINS) or any(header.reserved):
+    if header.flags & ~_FLAGS[header.kind] or any(header.reserved):
         raise refused("state-shape", f"flags is {header.flags:#x}, impossible for kind '{KINDS[header.kind]}'")
-    text, _, rest = header.provenance.partition(b"\0")
-    if any(rest) or not _is_utf8(text) or (text and not header.flags & MADE_BY_TOOL):
-        raise refused("state-shape", f"has a provenance where none may be: {quoted(text.decode(errors='replace'))}")
+    if header.flags & SETTING:
+        scale, frozen, _ = _SETTING.unpack_from(header.provenance)
+        known = np.isfinite(scale) and frozen <= 1 and not any(header.provenance[_SETTING.size :])
+        if not known or header.flags & MADE_BY_TOOL:
+            raise refused("state-shape", "has a setting that cannot be one")
+    else:
+        text, _, rest = header.provenance.partition(b"\0")
+        if any(rest) or not _is_utf8(text) or (text and not header.flags & MADE_BY_TOOL):
+            raise refused("state-shape", f"has a provenance where none may be: {quoted(text.decode(errors='replace'))}")
     if sidecar is not None:
         want = {name: getattr(sidecar, name) for name in _LIMITS if name != "layers"} | {"layers": len(sidecar.layers)}
         for name in _LIMITS:
@@ -302,7 +361,8 @@ def _state(raw: RawState) -> State:
         base_sha256=header.base.hex(),
         kind=header.kind,
         flags=header.flags,
-        provenance=header.provenance.rstrip(b"\0").decode(),
+        provenance="" if header.flags & SETTING else header.provenance.rstrip(b"\0").decode(),
+        setting=_setting(header),
         token_ids=_text(np.frombuffer(raw.token_ids, "<i4").astype(np.int32)),
         architecture=raw.architecture,
         kv_bytes=header.kv_bytes,
@@ -310,6 +370,13 @@ def _state(raw: RawState) -> State:
         size=raw.size,
         sha256=raw.sha256,
     )
+
+
+def _setting(header: Header) -> Setting | None:
+    if not header.flags & SETTING:
+        return None
+    scale, frozen, lora = _SETTING.unpack_from(header.provenance)
+    return Setting(scale, bool(frozen), lora)
 
 
 def _text(ids: np.ndarray) -> np.ndarray:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.regular import open_regular
 
 SEQUENCE, CONTEXT, CHECKPOINT, MEMORY = 1, 2, 3, 4
 KINDS = {SEQUENCE: "sequence", CONTEXT: "context", CHECKPOINT: "checkpoint", MEMORY: "memory"}
-MADE_BY_TOOL, ORIGINS = 1, 2  # flags: computed from other states; the cells are followed by what they started with
+# flags: computed from other states; the cells are followed by what they started with; a setting for a provenance
+MADE_BY_TOOL, ORIGINS, SETTING = 1, 2, 4
 
 # in the order of the checks, with the meaning in short
 STATE_REASONS = {
@@ -42,6 +44,7 @@ CHECKSUM = slice(88, 120)
 TRAILER = struct.Struct("<4sIQ32s")  # RMVE, version, bytes before it, their hash
 
 _HEADER = struct.Struct("<4s11IQ32s32sI4s32s32s128s")
+LARGE_FILE = 64 << 20  # bytes from which the header is checked before the body is read
 _PIECE = 1 << 20
 _NO_MEMORY = "has no memory block: it was saved without a sidecar"
 
@@ -73,7 +76,7 @@ class Header:
     reserved: bytes = bytes(4)
     sidecar: bytes
     base: bytes
-    provenance: bytes = b""  # padded with zeros to 128 bytes
+    provenance: bytes = b""  # padded with zeros to 128 bytes; with SETTING f32 scale, u32 frozen, u64 hash of LoRAs
 
     def pack(self) -> bytes:
         return _HEADER.pack(*astuple(self))
@@ -111,22 +114,46 @@ class RawState:
     size: int
 
 
-def read_raw(file: BinaryIO, size: int, progress: Callable[[int], None] | None = None) -> RawState:
-    """Everything up to `state-checksum`: what surrounds the block, then the block. The KV cache is not kept."""
+def read_raw(
+    file: BinaryIO,
+    size: int,
+    progress: Callable[[int], None] | None = None,
+    check: Callable[[int, Header, int], None] | None = None,
+) -> RawState:
+    """Everything up to `state-checksum`: what surrounds the block, then the block. The KV cache is not kept.
+
+    `check` gets the magic, the header and the number of tokens of a large file before its body is read, and refuses
+    what it will be refused for whatever that holds.
+    """
     at = _Cursor(file, size)
     magic, version = at.u32("the magic"), at.u32("llama.cpp's version")
     if magic not in LLAMA_VERSION:
         raise refused("state-format", "is not a state that llama.cpp saved")
     if version != LLAMA_VERSION[magic]:
         raise refused("state-format", f"is a state of version {version} of llama.cpp's, must be {LLAMA_VERSION[magic]}")
-    token_ids = at.take(4 * at.u32("the number of tokens"), "the token ids")
+    n_tokens = at.u32("the number of tokens")
+    start = at.at
+    at.skip(4 * n_tokens, "the token ids")
     digest = _check_trailer(at)
+    if size > LARGE_FILE and check is not None:
+        early = _Cursor(file, size - TRAILER.size, at.at)
+        check(magic, _take_header(early, magic)[1], n_tokens)
     whole, sha256 = _hashes(file, size, progress or (lambda n: None))
     if whole != digest:
         raise refused("state-checksum", "its bytes are not those that were saved; it is damaged")
 
-    file.seek(at.at)
-    at.size -= TRAILER.size
+    at = _Cursor(file, size - TRAILER.size, start)
+    token_ids = at.take(4 * n_tokens, "the token ids")
+    packed, header, name = _take_header(at, magic)
+    cells = at.take(header.cell_bytes, "the cells")
+    block = packed[: CHECKSUM.start] + bytes(32) + packed[CHECKSUM.stop :] + cells
+    if hashlib.sha256(block).digest() != header.checksum:
+        raise refused("state-checksum", "its memory block is not the one that was saved; it is damaged")
+    return RawState(magic, token_ids, name.decode(errors="replace"), header, cells, sha256, size)
+
+
+def _take_header(at: _Cursor, magic: int) -> tuple[bytes, Header, bytes]:
+    """The bytes of the block's header, what they say, and the architecture's name before them."""
     name = at.take(at.u32("the length of a name"), "the architecture's name") if magic == GGSN else b""
     # of a header that is cut, what there is decides
     packed = at.peek(at.at, min(_HEADER.size, at.size - at.at)).ljust(_HEADER.size, b"\0")
@@ -136,21 +163,17 @@ def read_raw(file: BinaryIO, size: int, progress: Callable[[int], None] | None =
     if (header.version, header.header_bytes) != (VERSION, _HEADER.size):
         text = f"its memory block is of version {header.version} with a header of {header.header_bytes} bytes"
         raise refused("state-version", f"{text}, must be {VERSION} with {_HEADER.size}")
-    at.take(_HEADER.size, "the header of the memory block")
+    at.skip(_HEADER.size, "the header of the memory block")
     if header.cell_bytes + header.kv_bytes != at.size - at.at:
         text = f"its header says {header.cell_bytes} bytes of cells and {header.kv_bytes} of KV cache"
         raise refused("state-truncated", f"{text}, the file has {at.size - at.at} of both")
-    cells = at.take(header.cell_bytes, "the cells")
-    block = packed[: CHECKSUM.start] + bytes(32) + packed[CHECKSUM.stop :] + cells
-    if hashlib.sha256(block).digest() != header.checksum:
-        raise refused("state-checksum", "its memory block is not the one that was saved; it is damaged")
-    return RawState(magic, token_ids, name.decode(errors="replace"), header, cells, sha256, size)
+    return packed, header, name
 
 
 def is_memory_file(path: Path) -> bool:
     """Whether a file begins as one of kind 4 does; it may be damaged all the same."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(28)
     except OSError:
         return False
@@ -192,8 +215,15 @@ def _hashes(file: BinaryIO, size: int, progress: Callable[[int], None]) -> tuple
 class _Cursor:
     """Reads front to back; what ends beyond `size` is `state-truncated`."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.at = file, size, 0
+    def __init__(self, file: BinaryIO, size: int, at: int = 0) -> None:
+        self.file, self.size, self.at = file, size, at
+        file.seek(at)
+
+    def skip(self, n: int, what: str) -> None:
+        if n > self.size - self.at:
+            raise refused("state-truncated", f"ends within {what}")
+        self.at += n
+        self.file.seek(self.at)
 
     def take(self, n: int, what: str) -> bytes:
         data = self.file.read(n) if n <= self.size - self.at else b""

@@ -8,6 +8,7 @@ from typing import Any
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import replacing
+from llamamem.formats.regular import open_regular
 from llamamem.formats.state import State
 from llamamem.formats.state_math import norms
 
@@ -30,7 +31,9 @@ def draw_state(state: State, path: Path, layers: Sequence[int], title: str) -> N
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise LlamamemError(f"{path}: pictures need matplotlib; pip install 'llamamem[plots]'") from None
+        raise LlamamemError(
+            f"{path}: pictures need matplotlib; run `pip install -e '.[plots]'` in llamamem's checkout"
+        ) from None
 
     side = min(1.25, 40 / state.layers, 40 / columns)  # inches of a matrix
     with rc_context({"font.family": "sans-serif", "font.size": 8}):
@@ -70,5 +73,5 @@ def _matrices(state: State, axes: Any, layers: Sequence[int]) -> Any:
 
 
 def is_png(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"

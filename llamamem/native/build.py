@@ -23,13 +23,14 @@ from filelock import FileLock, Timeout
 from llamamem.errors import LlamamemError
 from llamamem.native import tools, vendor
 from llamamem.native.compile import run_cmake, run_ninja
+from llamamem.native.cpu import check_cpu, read_record
 from llamamem.native.identity import EDITED, source_root
 from llamamem.native.sdist import cache_dir
 
 __all__ = ["BACKENDS", "Build", "ask_identity", "build", "builds", "builds_dir", "find_build"]
 
 BACKENDS = ("cpu", "cuda")
-PROGRAMS = ("llama-server", "llama-completion", "llama-bench")
+PROGRAMS = ("llama-server", "llama-completion", "llama-bench", "llama-quantize", "llama-gguf-split")
 _NOTE = "llamamem-build.json"
 
 
@@ -63,6 +64,7 @@ def find_build(backend: str | None = None, exact_gelu: bool = False, bin_dir: st
         found = _given_build(Path(given), "--bin-dir" if bin_dir else "LLAMAMEM_BIN_DIR")
     else:
         found = _own_build(backend)
+        check_cpu(found.bin_dir)
     if not exact_gelu:
         return found
     lib_dir = found.root / "bin-exact"
@@ -79,6 +81,7 @@ def _library(name: str) -> str:
 
 def _given_build(bin_dir: Path, origin: str) -> Build:
     bin_dir = bin_dir.expanduser().resolve()
+    check_cpu(bin_dir)
     where, wanted, said = f"{origin}={bin_dir}", vendor.identity(), ask_identity(bin_dir)
     if said is None:
         raise LlamamemError(
@@ -197,6 +200,8 @@ def _build(
         return made
     tools.compilers()
     ninja = _configure(root, place, backend, arch, defines, tests)
+    if (cpu := read_record(place / "bin")) and cpu.amx.startswith("left out"):
+        print(f"llamamem: AMX is {cpu.amx} ({cpu.compiler}): quantised models run without it", file=sys.stderr)
     if (cuda := place / "llamamem-cuda.txt").is_file():
         print(f"llamamem: {cuda.read_text(encoding='utf-8').strip()}", file=sys.stderr)
     log = place / "build.log"

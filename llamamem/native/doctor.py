@@ -17,6 +17,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.demo_files import demo_files
 from llamamem.native import tools, vendor
 from llamamem.native.build import builds, find_build
+from llamamem.native.cpu import cpu_name, read_record
 from llamamem.native.identity import patch_set_sha256, read_pin, series_names, source_root
 
 __all__ = ["Finding", "examine"]
@@ -44,6 +45,7 @@ def examine() -> list[Finding]:
         ("patches", _patches),
         ("tree", _tree),
         ("build", _build),
+        ("cpu", _cpu),
         ("bindings", _bindings),
         ("memory", _memory),
         ("cuda", _cuda),
@@ -113,6 +115,15 @@ def _build() -> Finding:
         problem, _, hint = str(error).rpartition(": ")
         return Finding("build", False, f"{problem} (found: {seen})", hint)
     return Finding("build", True, f"{chosen.backend} {chosen.identity} in {chosen.bin_dir}")
+
+
+def _cpu() -> Finding:
+    """What the build that would be used needs of this CPU; one that it lacks is refused where the build is found."""
+    record = read_record(find_build().bin_dir)
+    if record is None:
+        return Finding("cpu", True, f"{cpu_name()}; the build does not say what it needs")
+    needs = f"built by {record.compiler} for {' '.join(record.features) or 'any'}"
+    return Finding("cpu", True, f"{cpu_name()}; {needs}" + (f"; AMX {record.amx}" if record.amx else ""))
 
 
 def _bindings() -> Finding:

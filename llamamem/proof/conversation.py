@@ -165,7 +165,7 @@ class _Run:
             self.native.park()
         elif step.save is not None:
             data = encode_state(self.memory.export_state(self.native.identity))
-            self.saved[step.save] = (data, self.native.save().read_bytes())
+            self.saved[step.save] = (data, self.native.save())
         elif step.resume is not None:
             ours, theirs = self.saved[step.resume]
             self.reference.load_bytes(theirs, self.native.identity)  # each goes on with what the other one wrote

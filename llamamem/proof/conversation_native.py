@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.state import MEMORY, Identity, State, read_state
+from llamamem.formats.state import Identity, State, decode_state
 from llamamem.native.build import find_build
 from llamamem.serving.client import Client
 from llamamem.serving.process import launch
@@ -84,7 +84,7 @@ class NativeConversation:
             raise LlamamemError(f"{client.url}: serves no memory; start it with --sidecar")
         self.identity = Identity(memory["sidecar_sha256"], memory["base_sha256"])
         self.tokens: list[int] = []  # what the KV cache holds
-        self._origin: Path | None = None
+        self._origin: bytes | None = None
         self._files: list[Path] = []
         self.reset()
 
@@ -145,24 +145,16 @@ class NativeConversation:
 
     def memory(self) -> State:
         """What it remembers now."""
-        path = self._file("state")
-        self.client.save_memory(self.slot, path.name)
-        state = read_state(path, identity=self.identity, kinds=(MEMORY,))
-        path.unlink()
-        return state
+        return decode_state(self.save(), identity=self.identity)
 
-    def save(self) -> Path:
-        """A file with the memory alone."""
-        path = self._file("memory")
-        self.client.save_memory(self.slot, path.name)
-        return path
+    def save(self) -> bytes:
+        """The memory alone, as the bytes of its file."""
+        return self.client.take_memory(self.slot)[0]
 
     def resume(self, data: bytes) -> None:
         """Text gone, and the memory of those bytes."""
-        path = self._file("resumed")
-        path.write_bytes(data)
-        self.client.restore_memory(self.slot, path.name)
-        self.tokens, self._origin = [], path
+        self.client.give_memory(self.slot, data)
+        self.tokens, self._origin = [], data
 
     def reset(self) -> None:
         """Text and memory gone."""
@@ -186,7 +178,7 @@ class NativeConversation:
             if path is not None:
                 self.client.restore_slot(self.slot, path.name)
             elif origin is not None:
-                self.client.restore_memory(self.slot, origin.name)
+                self.client.give_memory(self.slot, origin)
             else:
                 self.client.erase_slot(self.slot)
             self.tokens, self._origin = list(tokens), origin

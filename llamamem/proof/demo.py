@@ -6,7 +6,6 @@ On the small model that llamamem carries, with the commands and the server that 
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ OTHERS = {"anna": "wolf", "tom": "mason", "rosa": "bell", "hugo": "page"}  # who
 ROWS = ((1, 64), (2, 64), (4, 64), (8, 64), (4, 16), (4, 250), (4, 500))
 
 _SEED = 7
-_MEMORY, _OTHER = "conversation-one.bin", "somebody-else.bin"
 
 
 @dataclass(frozen=True)
@@ -81,44 +79,40 @@ def demo(
         steps.append(Step(what, ok, seen))
         show(steps[-1])
 
-    with tempfile.TemporaryDirectory(prefix="llamamem-demo-") as scratch:
-        slots = Path(scratch) / "slots"
-        serve = ["--model", str(files.model), "--sidecar", str(files.sidecar), "--port", "0", "--ctx-size", "2048"]
-        serve += ["--profile", "fused", "--bin-dir", str(bin_dir), "--slot-dir", str(slots), *ONE_THREAD]
+    serve = ["--model", str(files.model), "--sidecar", str(files.sidecar), "--port", "0", "--ctx-size", "2048"]
+    serve += ["--profile", "fused", "--bin-dir", str(bin_dir), *ONE_THREAD]
 
-        with served(serve) as first:
-            report("a server with a memory", True, f"{first.url}, {files.model.name} and {files.sidecar.name}")
-            with Client(first.url, timeout=LONGEST) as client:
-                told = conversation(FACTS)
-                for message in told[:-1]:
-                    say(message["role"], message["content"])
-                say("assistant", tell(client, told))
-                client.save_memory(0, _MEMORY)
-                size = (slots / _MEMORY).stat().st_size
-                report("its memory is saved", size < 10_000, f"{size:,} bytes, whatever was said")
-                tell(client, conversation(OTHERS))
-                client.save_memory(0, _OTHER)
-                report("so is somebody else's", True, "the same names, other surnames: a control")
-            status = first.stop()
-        report("the server is stopped", status == 0, "its KV cache and all text are gone")
+    with served(serve) as first:
+        report("a server with a memory", True, f"{first.url}, {files.model.name} and {files.sidecar.name}")
+        with Client(first.url, timeout=LONGEST) as client:
+            told = conversation(FACTS)
+            for message in told[:-1]:
+                say(message["role"], message["content"])
+            said, memory = tell(client, told)
+            say("assistant", said)
+            report("its memory is kept", len(memory) < 10_000, f"{len(memory):,} bytes, whatever was said")
+            _, other = tell(client, conversation(OTHERS))
+            report("so is somebody else's", True, "the same names, other surnames: a control")
+        status = first.stop()
+    report("the server is stopped", status == 0, "its KV cache and all text are gone")
 
-        with served(serve) as second:
-            report("a new server", second.run["pid"] != first.run["pid"], f"{second.url}, process {second.run['pid']}")
-            with Client(second.url, timeout=LONGEST) as client:
-                asked = tuple(
-                    Asked(name, surname, *(ask(client, name, memory) for memory in (None, _OTHER, _MEMORY)))
-                    for name, surname in FACTS.items()
-                )
-                n = len(asked)
-                with_it, without = (sum(getattr(a, how) == a.surname for a in asked) for how in ("memory", "none"))
-                theirs = sum(a.foreign == OTHERS[a.name] for a in asked)
-                report("with the memory restored", with_it == n, f"{with_it} of {n} answers are right")
-                report("without", without < n, f"{without} of {n}, by guessing")
-                report("with somebody else's", theirs == n, f"{theirs} of {n} answers are what that one was told")
-                table = recall(client, slots, rows=ROWS, episodes=episodes, show=progress)
-        question = language.question("anna")
-        control = smoke(files.model, files.sidecar, bin_dir=bin_dir, prompt=question, n_predict=8, ctx_size=512)
-        report("a sidecar with its deltas zeroed is the base", control.zeroed_equals_base, "token for token")
+    with served(serve) as second:
+        report("a new server", second.run["pid"] != first.run["pid"], f"{second.url}, process {second.run['pid']}")
+        with Client(second.url, timeout=LONGEST) as client:
+            asked = tuple(
+                Asked(name, surname, *(ask(client, name, given) for given in (None, other, memory)))
+                for name, surname in FACTS.items()
+            )
+            n = len(asked)
+            with_it, without = (sum(getattr(a, how) == a.surname for a in asked) for how in ("memory", "none"))
+            theirs = sum(a.foreign == OTHERS[a.name] for a in asked)
+            report("with the memory", with_it == n, f"{with_it} of {n} answers are right")
+            report("without", without < n, f"{without} of {n}, by guessing")
+            report("with somebody else's", theirs == n, f"{theirs} of {n} answers are what that one was told")
+            table = recall(client, rows=ROWS, episodes=episodes, show=progress)
+    question = language.question("anna")
+    control = smoke(files.model, files.sidecar, bin_dir=bin_dir, prompt=question, n_predict=8, ctx_size=512)
+    report("a sidecar with its deltas zeroed is the base", control.zeroed_equals_base, "token for token")
     return DemoReport(tuple(steps), asked, table)
 
 

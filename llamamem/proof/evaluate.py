@@ -1,7 +1,7 @@
 """A suite of prompts put to a running server, and two evaluations side by side.
 
-Every line begins a conversation of its own: no text of another one is reused. With a memory that is the proof that no
-conversation leaks into the next, and a slot that was given a memory starts each line on it.
+Every line begins a conversation of its own: no text of another one is reused, and with a memory each begins on an empty
+one, which it names. That is the proof that no conversation leaks into the next.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Settings:
     seed: int = 123
     max_tokens: int = 256
 
-    def request(self, line: Line, slot: int) -> dict[str, Any]:
+    def request(self, line: Line) -> dict[str, Any]:
         """The body of the chat completion."""
         body: dict[str, Any] = {
             "messages": line.conversation(self.system),
@@ -44,7 +44,6 @@ class Settings:
             "temperature": self.temperature,
             "seed": self.seed,
             "cache_prompt": False,
-            "id_slot": slot,
         }
         if self.temperature == 0:
             return {**body, "top_k": 1}
@@ -64,11 +63,6 @@ class Evaluation:
     def ok(self) -> bool:
         """Everything was answered, and every expectation holds."""
         return all(answer.error is None and answer.ok is not False for answer in self.answers)
-
-    @property
-    def on_memory(self) -> list[str]:
-        """Ids of the lines that began on a memory that their slot was given: it holds more tokens than they have."""
-        return [answer.id for answer in self.answers if _n_written(answer) > _n_tokens(answer)]
 
     def summary(self) -> dict[str, Any]:
         """Counts, per group too; latencies in ms and tokens over the lines that were answered."""
@@ -149,7 +143,7 @@ def evaluate(
     concurrency: int = 1,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Asks what `output` does not answer yet, `concurrency` lines at a time, each in a slot of its own.
+    """Asks what `output` does not answer yet, `concurrency` lines at a time.
 
     An answer is in the file before the next is waited for. Raises LlamamemError when the server goes away, and when
     the file holds answers of another model or to other questions.
@@ -200,7 +194,7 @@ def _usable(file: ResultsFile, suite: Suite, settings: Settings, served: Served)
         if answer is None:
             continue
         other = answer.served.other_than(served)
-        if answer.request_sha256 != request_sha256(settings.request(line, 0)):
+        if answer.request_sha256 != request_sha256(settings.request(line)):
             other = "other words or other settings"
         if other is not None:
             raise LlamamemError(
@@ -244,17 +238,17 @@ def _asked(client: Client, lines: Sequence[Line], settings: Settings, served: Se
     for line in lines:
         todo.put(line)
 
-    def work(slot: int) -> None:
+    def work() -> None:
         try:
             while not stopped.is_set():
-                done.put(_ask(client, todo.get_nowait(), settings, served, slot))
+                done.put(_ask(client, todo.get_nowait(), settings, served))
         except Empty:
             pass
         except Exception as e:
             done.put(e)
 
-    for slot in range(min(concurrency, len(lines))):
-        threading.Thread(target=work, args=(slot,), daemon=True).start()
+    for _ in range(min(concurrency, len(lines))):
+        threading.Thread(target=work, daemon=True).start()
     try:
         for _ in lines:
             answer = done.get()
@@ -265,8 +259,10 @@ def _asked(client: Client, lines: Sequence[Line], settings: Settings, served: Se
         stopped.set()
 
 
-def _ask(client: Client, line: Line, settings: Settings, served: Served, slot: int) -> Answer:
-    request = settings.request(line, slot)
+def _ask(client: Client, line: Line, settings: Settings, served: Served) -> Answer:
+    request = settings.request(line)
+    if served.sidecar_sha256:
+        request["rwkv_ms"] = {"memory": None}
     asked, start = time.time(), time.perf_counter()
     response = client.request("POST", "/v1/chat/completions", json=request)
     latency_ms = (time.perf_counter() - start) * 1000
@@ -294,7 +290,7 @@ def _ask(client: Client, line: Line, settings: Settings, served: Served, slot: i
             finish_reason=choice.get("finish_reason"),
             usage=value.get("usage"),
             timings=value.get("timings"),
-            memory=_memory(client, slot) if served.sidecar_sha256 else None,
+            memory=_memory(value.get("rwkv_ms")),
             **known,
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -302,27 +298,14 @@ def _ask(client: Client, line: Line, settings: Settings, served: Served, slot: i
     return _judged(line, answer)
 
 
-def _memory(client: Client, slot: int) -> dict[str, Any] | None:
-    try:
-        state = next((entry.get("rwkv_ms") for entry in client.slots() if entry.get("id") == slot), None)
-    except LlamamemError:
-        return None  # a server with --no-slots
-    return state and {name: state.get(name) for name in ("tokens_written", "frozen", "scale")}
+def _memory(said: dict[str, Any] | None) -> dict[str, Any] | None:
+    return said and {name: said.get(name) for name in ("tokens_written", "origin")}
 
 
 def _judged(line: Line, answer: Answer) -> Answer:
     """By the suite as it is now: its expectations may have changed since the answer was kept."""
     found = failures(line.expect, answer.response or "") if line.expect else ()
     return answer.model_copy(update={"group": line.group, "ok": not found if line.expect else None, "failures": found})
-
-
-def _n_written(answer: Answer) -> int:
-    return int((answer.memory or {}).get("tokens_written") or 0)
-
-
-def _n_tokens(answer: Answer) -> int:
-    usage = answer.usage or {}
-    return int(usage.get("prompt_tokens", 0)) + int(usage.get("completion_tokens", 0))
 
 
 def _counts(answers: Sequence[Answer]) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Recall across a dropped KV cache, on a running server: facts in one conversation, questions in another.
 
 Each answer is asked for three times: on the memory of the conversation that stated the facts, on none, and on that of
-another conversation. Nothing else is left of the first conversation: a memory file of some kilobytes is all that moves.
+another conversation. Nothing else is left of the first conversation: a memory of some kilobytes is all that moves, in
+the requests and the answers.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from llamamem.reference import language
-from llamamem.serving.client import Client
+from llamamem.serving.client import Client, decoded_memory, encoded_memory
 
 ROWS = ((1, 64), (2, 64), (4, 64), (8, 64), (12, 64), (4, 16), (4, 250), (4, 500), (4, 1000))  # facts, gap in tokens
 
@@ -68,56 +68,47 @@ class RecallReport:
 
 def recall(
     client: Client,
-    slot_dir: Path,
     *,
     rows: tuple[tuple[int, int], ...] = ROWS,
     episodes: int = 200,
     seed: int = 1,
-    slot: int = 0,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> RecallReport:
-    """Measures each row over fresh episodes of the seed. `slot_dir` is the server's; its files are taken away again."""
+    """Measures each row over fresh episodes of the seed."""
     measured, size = [], 0
     done, total = 0, len(rows) * episodes
     for facts, gap in rows:
         rng = random.Random(f"recall {seed} {facts} {gap}")
         right = dict.fromkeys((WITH, WITHOUT, FOREIGN), 0)
-        files = ("recall-0.bin", "recall-1.bin")  # by turns this episode's and that before it
-        try:
-            tell(client, language.episode(rng, facts, gap).conversation, slot)
-            client.save_memory(slot, files[1])
-            for i in range(episodes):
-                episode, file, other = language.episode(rng, facts, gap), files[i % 2], files[(i + 1) % 2]
-                tell(client, episode.conversation, slot)
-                client.save_memory(slot, file)
-                size = (slot_dir / file).stat().st_size
-                for name, surname in episode.facts.items():
-                    for how, memory in ((WITH, file), (WITHOUT, None), (FOREIGN, other)):
-                        right[how] += ask(client, name, memory, slot) == surname
-                done += 1
-                show(done, total)
-        finally:
-            for file in files:
-                (slot_dir / file).unlink(missing_ok=True)
+        _, other = tell(client, language.episode(rng, facts, gap).conversation)
+        for _ in range(episodes):
+            episode = language.episode(rng, facts, gap)
+            _, memory = tell(client, episode.conversation)
+            size = len(memory)
+            for name, surname in episode.facts.items():
+                for how, given in ((WITH, memory), (WITHOUT, None), (FOREIGN, other)):
+                    right[how] += ask(client, name, given) == surname
+            other = memory
+            done += 1
+            show(done, total)
         n = facts * episodes
         measured.append(Row(facts, gap, episodes, n, right[WITH] / n, right[WITHOUT] / n, right[FOREIGN] / n))
     return RecallReport(tuple(measured), size)
 
 
-def tell(client: Client, conversation: language.Messages, slot: int = 0) -> str:
-    """Has the conversation in an empty slot; the model gives the last answer itself, which is returned."""
-    client.erase_slot(slot)
-    return _said(client.chat(conversation[:-1], max_tokens=_ANSWER, id_slot=slot, cache_prompt=False))
+def tell(client: Client, conversation: language.Messages) -> tuple[str, bytes]:
+    """Has the conversation on an empty memory. The model gives the last answer itself; it, and the memory after it."""
+    setting = {"memory": None, "return_memory": True}
+    answer = client.chat(conversation[:-1], max_tokens=_ANSWER, cache_prompt=False, rwkv_ms=setting)
+    return _said(answer), decoded_memory(answer.get("rwkv_ms"), str(client.url))
 
 
-def ask(client: Client, name: str, memory: str | None, slot: int = 0) -> str | None:
-    """The surname that the model gives, in a new conversation on that memory file, or on no memory."""
-    if memory is None:
-        client.erase_slot(slot)
-    else:
-        client.restore_memory(slot, memory)
+def ask(client: Client, name: str, memory: bytes | None) -> str | None:
+    """The surname that the model gives, in a new conversation on that memory, or on none."""
     question = [{"role": "user", "content": language.question(name)}]
-    return language.surname_in(_said(client.chat(question, max_tokens=_ANSWER, id_slot=slot, cache_prompt=False)), name)
+    setting = {"memory": encoded_memory(memory)}
+    answer = client.chat(question, max_tokens=_ANSWER, cache_prompt=False, rwkv_ms=setting)
+    return language.surname_in(_said(answer), name)
 
 
 def _said(answer: dict[str, Any]) -> str:

@@ -22,7 +22,9 @@ def draw_recall(report: RecallReport, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise LlamamemError(f"{path}: pictures need matplotlib; pip install 'llamamem[plots]'") from None
+        raise LlamamemError(
+            f"{path}: pictures need matplotlib; run `pip install -e '.[plots]'` in llamamem's checkout"
+        ) from None
 
     gap = max({row.gap for row in report.rows}, key=lambda g: sum(row.gap == g for row in report.rows))
     facts = max({row.facts for row in report.rows}, key=lambda f: sum(row.facts == f for row in report.rows))

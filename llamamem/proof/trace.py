@@ -64,9 +64,9 @@ class TraceComparison:
 
 
 def compare_trace(client: Client, trace: Trace, *, slot: int = 0) -> TraceComparison:
-    """Asks the server what the trace was asked, in `slot`, whose text is dropped, on a memory that is empty.
+    """Asks the server what the trace was asked, in `slot`, on a memory that is empty, whatever the slot was given.
 
-    Raises LlamamemError when the server cannot answer, or when the slot starts its texts on a memory that it was given.
+    Raises LlamamemError when the server cannot answer.
     """
     messages = [{"role": "user", "content": trace.generation.prompt}]
     prompt = _post(client, "/apply-template", {"messages": messages, **_NO_THINKING})["prompt"]
@@ -74,7 +74,7 @@ def compare_trace(client: Client, trace: Trace, *, slot: int = 0) -> TraceCompar
     body: dict[str, Any] = {**_sampling(trace.generation), **_NO_THINKING}
     memory = client.props().get("rwkv_ms") is not None
     if memory:
-        body["rwkv_ms"] = {"frozen": False, "scale": 1.0}
+        body["rwkv_ms"] = {"memory": None, "frozen": False, "scale": 1.0}
     answer = client.chat(
         messages,
         max_tokens=trace.generation.max_new_tokens,
@@ -95,8 +95,6 @@ def compare_trace(client: Client, trace: Trace, *, slot: int = 0) -> TraceCompar
             f"{client.url}: the chat prompt has {n_prompt} tokens, /apply-template and /tokenize give"
             f" {len(prompt_ids)}; is this this project's llama-server?"
         )
-    if memory:
-        _check_fresh(client, slot, n_prompt + len(got_ids))
     return _compare(client, trace, got, got_ids, prompt_ids)
 
 
@@ -120,16 +118,6 @@ def _post(client: Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
         raise LlamamemError(f"{client.url}: POST {path} answered {response.status_code}: {response.text[:200]}")
     answer: dict[str, Any] = response.json()
     return answer
-
-
-def _check_fresh(client: Client, slot: int, n_tokens: int) -> None:
-    """A slot that was given a memory shows it only afterwards: more tokens were written than the text has."""
-    state = next((entry.get("rwkv_ms") for entry in client.slots() if entry.get("id") == slot), None)
-    if state is not None and state["tokens_written"] > n_tokens:
-        raise LlamamemError(
-            f"{client.url}: slot {slot} starts its texts on a memory that it was given, a trace starts on none; erase"
-            " the slot (`llamamem trace compare --erase`), or name another with --slot"
-        )
 
 
 def _compare(

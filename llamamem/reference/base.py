@@ -46,7 +46,12 @@ class Base:
         return self.tokenize(self.prompt_text(messages), special=True)
 
     def prompt_text(self, messages: Messages) -> str:
-        """The same as text; it begins with the start token."""
+        """The same as text; it begins with the start token. Raises LlamamemError for a base without a chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise LlamamemError(
+                f"{self.tokenizer.name_or_path}: has no chat template; put the model's chat_template.jinja beside its"
+                " tokenizer"
+            )
         text: str = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
         )

@@ -11,4 +11,6 @@ def require_torch(what: str, *modules: str) -> None:
     """Raises LlamamemError if torch or transformers, or one of `modules` instead, is missing. `what` needs them."""
     missing = [name for name in modules or ("torch", "transformers") if find_spec(name) is None]
     if missing:
-        raise LlamamemError(f"{what} needs {' and '.join(missing)}: pip install 'llamamem[reference]'")
+        raise LlamamemError(
+            f"{what} needs {' and '.join(missing)}: run `pip install -e '.[reference]'` in llamamem's checkout"
+        )

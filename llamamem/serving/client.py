@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,7 +20,8 @@ from llamamem.errors import LlamamemError
 class Delta:
     """A piece of a streamed answer: text, or thoughts of a model that thinks aloud.
 
-    The last ones carry why it ended (`stop`, `length`), and, as the server counts them, tokens and times.
+    The last ones carry why it ended (`stop`, `length`), tokens and times as the server counts them, and what it says
+    of the memory to a request with an `rwkv_ms`.
     """
 
     text: str = ""
@@ -25,6 +29,7 @@ class Delta:
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
     timings: dict[str, Any] | None = None
+    rwkv_ms: dict[str, Any] | None = None
 
 
 class Client:
@@ -32,6 +37,8 @@ class Client:
 
     Methods return the decoded JSON. They raise LlamamemError with the server's own message when the status is not 2xx,
     and when nobody answers; `request` returns the bare httpx response for whoever wants to see the status.
+
+    A slot action waits for a busy slot no longer than `_SLOT_WAIT`: what was given up by then has changed nothing.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
@@ -39,6 +46,8 @@ class Client:
         # A proxy from the environment has no business between us and a server on this machine.
         # A connection each: the server closes one after a stream, and a request that reuses it just then is cut off.
         limits = httpx.Limits(max_keepalive_connections=0)
+        self._slot_wait = min(_SLOT_WAIT, timeout)
+        self._slot_timeout = min(_SLOT_WAIT + _LATE, timeout)
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False, limits=limits)
 
     def __enter__(self) -> Client:
@@ -80,6 +89,11 @@ class Client:
         tokens: list[int] = self._object("POST", "/tokenize", json={"content": text, **kwargs})["tokens"]
         return tokens
 
+    def apply_template(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
+        """The text that the model gets of these messages."""
+        prompt: str = self._object("POST", "/apply-template", json={"messages": messages, **kwargs})["prompt"]
+        return prompt
+
     def completion(self, prompt: str | list[int], **kwargs: Any) -> dict[str, Any]:
         """`POST /completion`; greedy unless told otherwise."""
         return self._object("POST", "/completion", json={"prompt": prompt, **_GREEDY, **kwargs})
@@ -112,30 +126,48 @@ class Client:
             raise LlamamemError(f"{self.url}: the answer broke off; see the server's log") from None
 
     def save_slot(self, slot: int, filename: str) -> dict[str, Any]:
-        return self._object("POST", f"/slots/{slot}", params={"action": "save"}, json={"filename": filename})
+        return self._slot(slot, "save", filename=filename)
 
     def restore_slot(self, slot: int, filename: str) -> dict[str, Any]:
-        return self._object("POST", f"/slots/{slot}", params={"action": "restore"}, json={"filename": filename})
+        return self._slot(slot, "restore", filename=filename)
 
     def erase_slot(self, slot: int) -> dict[str, Any]:
-        return self._object("POST", f"/slots/{slot}", params={"action": "erase"}, json={})
+        return self._slot(slot, "erase")
 
     def save_memory(self, slot: int, filename: str) -> dict[str, Any]:
         """Writes the slot's memory alone to a file of the server's slot directory."""
-        return self._object("POST", f"/slots/{slot}", params={"action": "memory-save"}, json={"filename": filename})
+        return self._slot(slot, "memory-save", filename=filename)
 
     def restore_memory(self, slot: int, filename: str) -> dict[str, Any]:
         """Drops the slot's text; its next one starts at position 0 on the memory of the file."""
-        return self._object("POST", f"/slots/{slot}", params={"action": "memory-restore"}, json={"filename": filename})
+        return self._slot(slot, "memory-restore", filename=filename)
+
+    def take_memory(self, slot: int, *, continues: dict[str, Any] | None = None) -> tuple[bytes, dict[str, Any]]:
+        """The slot's memory, as the bytes of a memory-only state file, and the rest of the answer.
+
+        With `continues` (origin, n_text and text, as an earlier answer had them) it is refused with the reason
+        `state-continues` unless the slot's text still goes on from there.
+        """
+        body = {"return_memory": True} | ({} if continues is None else {"continues": continues})
+        answer = self._slot(slot, "memory-save", **body)
+        return decoded_memory(answer, str(self.url)), answer
+
+    def give_memory(self, slot: int, memory: bytes) -> dict[str, Any]:
+        """The same as `restore_memory`, with the bytes in the request."""
+        return self._slot(slot, "memory-restore", memory=encoded_memory(memory))
 
     def reset_memory(self, slot: int) -> dict[str, Any]:
-        """The memory is as in a fresh slot; the text stays."""
-        return self._object("POST", f"/slots/{slot}", params={"action": "memory-reset"}, json={})
+        """Text, memory and setting are as in a fresh slot."""
+        return self._slot(slot, "memory-reset")
 
     def set_memory(self, slot: int, *, frozen: bool = False, scale: float = 1.0) -> dict[str, Any]:
         """Until changed: a frozen memory is read and not written to; `scale` is a factor of its deltas, 0 the base."""
-        body = {"frozen": frozen, "scale": scale}
-        return self._object("POST", f"/slots/{slot}", params={"action": "memory-set"}, json=body)
+        return self._slot(slot, "memory-set", frozen=frozen, scale=scale)
+
+    def _slot(self, slot: int, action: str, **body: Any) -> dict[str, Any]:
+        body["timeout"] = self._slot_wait
+        path, params = f"/slots/{slot}", {"action": action}
+        return self._object("POST", path, params=params, json=body, timeout=self._slot_timeout)
 
     def _object(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
         answer: dict[str, Any] = self._json(method, path, **kwargs)
@@ -152,10 +184,29 @@ class Client:
             reason = _message(response.json())
         except ValueError:
             reason = None
-        return LlamamemError(f"{self.url}: {what} answered {response.status_code}: {reason or response.text[:200]}")
+        said = f"{self.url}: {what} answered {response.status_code}: {reason or response.text[:200]}"
+        if response.status_code == 401:
+            said += "; give its key with --api-key"
+        code = re.search(r"\[([a-z]+-[a-z-]+)\]", reason or "")  # the first: a path may hold anything
+        return LlamamemError(said, reason=code[1] if code else None)
 
     def _unreachable(self, what: str, error: httpx.TransportError) -> LlamamemError:
         return LlamamemError(f"{self.url}: {what} failed ({type(error).__name__}: {error}); is the server running?")
+
+
+def encoded_memory(memory: bytes | None) -> str | None:
+    """As the field `rwkv_ms.memory` of a request has it; None is the empty memory."""
+    return None if memory is None else base64.b64encode(memory).decode()
+
+
+def decoded_memory(answer: dict[str, Any] | None, url: str) -> bytes:
+    """The memory in an answer that was asked for one. `url` is for the error that it is not there."""
+    try:
+        return base64.b64decode((answer or {})["memory"], validate=True)
+    except (KeyError, TypeError, binascii.Error):
+        raise LlamamemError(
+            f"{url}: the answer brings no memory; `llamamem build`, then start the server again"
+        ) from None
 
 
 class _Incomplete(Exception):
@@ -191,6 +242,7 @@ def _delta(event: dict[str, Any]) -> Delta:
         finish_reason=choice.get("finish_reason"),
         usage=event.get("usage"),
         timings=event.get("timings"),
+        rwkv_ms=event.get("rwkv_ms"),
     )
 
 
@@ -203,3 +255,6 @@ def _message(answer: Any) -> str | None:
 
 
 _GREEDY: dict[str, Any] = {"temperature": 0.0, "top_k": 1, "seed": 123}
+
+_SLOT_WAIT = 60.0  # seconds, for a slot that works
+_LATE = 15.0  # more, for the action itself

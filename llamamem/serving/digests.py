@@ -13,6 +13,7 @@ import platformdirs
 
 from llamamem.errors import LlamamemError
 from llamamem.formats import base
+from llamamem.formats.gguf_file import read_gguf_index
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -24,7 +25,16 @@ def file_sha256(path: Path, progress: Progress | None = None) -> str:
 
     Raises LlamamemError when the file cannot be read, or is written to while it is read.
     """
-    key, size = _key(path)
+    return _sha256([path], progress)
+
+
+def base_sha256(path: Path, progress: Progress | None = None) -> str:
+    """The same of a base, which may be split into several files."""
+    return _sha256(base.base_files(read_gguf_index(path)), progress)
+
+
+def _sha256(paths: list[Path], progress: Progress | None) -> str:
+    key, size = _key(paths)
     cache = Path(platformdirs.user_cache_path("llamamem", appauthor=False)) / "digests.json"
     if (known := _read(cache).get(key)) is not None:
         return known
@@ -36,20 +46,25 @@ def file_sha256(path: Path, progress: Progress | None = None) -> str:
         if progress is not None:
             progress(done, size)
 
-    digest = base.file_sha256(path, count)
-    if _key(path)[0] != key:
-        raise LlamamemError(f"{path}: was changed while it was hashed; wait until it is whole, then start again")
+    digest = base.file_sha256(*paths, progress=count)
+    if _key(paths)[0] != key:
+        raise LlamamemError(f"{paths[0]}: was changed while it was hashed; wait until it is whole, then start again")
     with contextlib.suppress(OSError, filelock.Timeout):  # a cache that cannot be written costs time, nothing else
         _remember(cache, key, digest)
     return digest
 
 
-def _key(path: Path) -> tuple[str, int]:
-    try:
-        stat = path.stat()
-    except OSError as e:
-        raise LlamamemError(f"{path}: cannot be read ({e.strerror})") from e
-    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}", stat.st_size
+def _key(paths: list[Path]) -> tuple[str, int]:
+    """What the files are known by, links followed, and their size in bytes."""
+    keys, size = [], 0
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as e:
+            raise LlamamemError(f"{path}: cannot be read ({e.strerror})") from e
+        keys.append(f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}")
+        size += stat.st_size
+    return "+".join(keys), size
 
 
 def _remember(cache: Path, key: str, digest: str) -> None:

@@ -21,14 +21,18 @@ import psutil
 from gguf.constants import GGML_QUANT_SIZES
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import base_faults, read_base
+from llamamem.formats.base import base_faults, base_files, base_indexes, read_base
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
+from llamamem.formats.private import private_directory
 from llamamem.formats.sidecar import Sidecar, read_sidecar
 from llamamem.formats.sidecar_base import hash_fault, model_faults
 from llamamem.native import vendor
 from llamamem.native.build import ask_identity
+from llamamem.native.cpu import check_cpu
+from llamamem.serving import digests
 from llamamem.serving.digests import Progress, file_sha256
-from llamamem.serving.profiles import PROFILES, Plan, owner_of, owner_of_variable
+from llamamem.serving.machine import available_memory, processors
+from llamamem.serving.profiles import PROFILES, Plan, asked_threads, owner_of, owner_of_variable
 from llamamem.serving.runs import live_runs
 
 __all__ = ["Checked", "check", "file_sha256", "memory_need"]
@@ -64,7 +68,8 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     check_binary(plan.bin_dir)
     with _saying("base {}"):
         index = read_gguf_index(plan.model)
-        check_whole(index)
+        for part in base_indexes(index):
+            check_whole(part)
     sidecar = None
     if plan.sidecar is not None:
         with _saying(f"sidecar {{}}; `llamamem sidecar validate {plan.sidecar}` names every fault"):
@@ -75,12 +80,18 @@ def check(plan: Plan, *, memory_check: bool = True, on_cpu: bool = True, progres
     check_slot_dir(plan.slot_dir)
     check_port(plan.host, plan.port)
     header = {key: field.value for key, field in index.fields.items()}
-    warnings = check_memory(plan, header, refuse=memory_check and on_cpu)
+    warnings = (
+        *check_threads(plan),
+        *check_context(plan, header),
+        *check_memory(plan, header, refuse=memory_check and on_cpu),
+        *check_open(plan),
+    )
     if sidecar is None or plan.sidecar is None:
         return Checked(None, None, warnings)
-    base_sha256 = file_sha256(plan.model, progress)
+    base_sha256 = digests.base_sha256(plan.model, progress)
     if base_sha256 != sidecar.base_sha256:
-        raise hash_fault(plan.sidecar, sidecar.base_sha256, plan.model, base_sha256)
+        fault = hash_fault(plan.sidecar, sidecar.base_sha256, plan.model, base_sha256)
+        raise LlamamemError(f"[{fault.reason}] {fault}", reason=fault.reason)
     return Checked(base_sha256, file_sha256(plan.sidecar), warnings)
 
 
@@ -98,6 +109,7 @@ def check_binary(bin_dir: Path) -> None:
     binary = bin_dir / "llama-server"
     if not binary.is_file():
         raise LlamamemError(f"{binary}: no such binary; run `llamamem build`, or point --bin-dir at a build")
+    check_cpu(bin_dir)
     if not os.access(binary, os.X_OK):
         raise LlamamemError(f"{binary}: is not executable; run `chmod +x` on it, or `llamamem build` again")
     said, wanted = ask_identity(bin_dir), vendor.identity()
@@ -155,11 +167,23 @@ def check_slot_dir(slot_dir: Path | None) -> None:
     if slot_dir is None:
         return
     try:
-        slot_dir.mkdir(parents=True, exist_ok=True)
+        private_directory(slot_dir)
         with tempfile.TemporaryFile(dir=slot_dir):
             pass
     except OSError as e:
         raise LlamamemError(f"--slot-dir {slot_dir}: not writable ({e.strerror}); give a directory of yours") from e
+
+
+def check_open(plan: Plan) -> tuple[str, ...]:
+    """A warning when everybody who reaches the machine gets at the memories."""
+    local = plan.host == "localhost" or plan.host.startswith("127.") or plan.host.strip("[]") == "::1"
+    given = {arg.partition("=")[0] for arg in plan.extra} & {"--api-key", "--api-key-file"}
+    if local or given or os.environ.get("LLAMA_API_KEY") or "LLAMA_ARG_API_KEY_FILE" in dict(plan.env):
+        return ()
+    return (
+        f"--host {plan.host} and no key: whoever reaches this machine can read, change and reset every memory that is"
+        " served; give a key with `-- --api-key KEY`, or leave --host out",
+    )
 
 
 def check_port(host: str, port: int) -> None:
@@ -196,13 +220,33 @@ def _listener(port: int) -> str:
     return ""
 
 
+def check_threads(plan: Plan) -> tuple[str, ...]:
+    """A thread without a processor spins, and each token waits for the slowest one."""
+    ours = processors()
+    asked = asked_threads(plan.argv, dict(plan.env)) or ""
+    if not asked.isdecimal() or int(asked) <= ours.usable:
+        return ()
+    by = f" ({ours.limit})" if ours.limit else ""
+    return (f"--threads {asked}: {ours.usable} may be used here{by}; more only wait for each other",)
+
+
+def check_context(plan: Plan, header: dict[str, Any]) -> tuple[str, ...]:
+    """llama-server makes a longer context than the model's as long as the model's, and says so in its log alone."""
+    longest = header.get(f"{header.get('general.architecture')}.context_length")
+    if not plan.ctx_size or not isinstance(longest, int) or plan.ctx_size // (plan.parallel or 1) <= longest:
+        return ()
+    return (f"--ctx-size {plan.ctx_size}: the model's context has {longest} tokens, no more are used in a slot",)
+
+
 def check_memory(plan: Plan, header: dict[str, Any], *, refuse: bool = True) -> tuple[str, ...]:
     """Weights + KV + sidecar against the memory that is available now: refused under 1.0x, a warning under 1.2x."""
     need = memory_need(plan, header)
-    available = psutil.virtual_memory().available
+    available, counted_by = available_memory()
     if available >= 1.2 * need:
         return ()
-    found = f"about {need / 2**30:.1f} GiB are needed for weights and KV cache, {available / 2**30:.1f} GiB are free"
+    found = (
+        f"about {need / 2**30:.1f} GiB are needed for weights and KV cache, {available / 2**30:.1f} GiB {counted_by}"
+    )
     if available < need and refuse:
         raise LlamamemError(f"{plan.model}: {found}; give a smaller --ctx-size, or --no-memory-check to try anyway")
     return (f"{plan.model}: {found}; a smaller --ctx-size needs less",)
@@ -210,7 +254,8 @@ def check_memory(plan: Plan, header: dict[str, Any], *, refuse: bool = True) -> 
 
 def memory_need(plan: Plan, header: dict[str, Any]) -> int:
     """Bytes, an estimate. The KV cache is counted as llama.cpp's sliding-window cache allocates it."""
-    weights = plan.model.stat().st_size + (plan.sidecar.stat().st_size if plan.sidecar else 0)
+    parts = base_files(read_gguf_index(plan.model)) if "split.count" in header else [plan.model]
+    weights = sum(part.stat().st_size for part in parts) + (plan.sidecar.stat().st_size if plan.sidecar else 0)
     arch = header.get("general.architecture", "")
 
     def field(name: str, default: Any = 0) -> Any:

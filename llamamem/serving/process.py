@@ -24,6 +24,7 @@ import httpx
 import psutil
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.private import private_directory
 from llamamem.formats.run import RunRecord, redacted, runs_dir, write_run
 from llamamem.serving.child import die_with, signal_group, terminate
 from llamamem.serving.preflight import Checked, check_port
@@ -33,7 +34,8 @@ from llamamem.serving.runs import live_runs, prune_runs
 Ending = Literal["stopped", "killed", "exited"]
 
 _POLL = 0.05  # seconds
-_LOOKS_LIKE_ERROR = re.compile(r"\berror\b|\bfailed\b|refus|couldn't|unable|\bE \w+ ", re.IGNORECASE)
+_LOOKS_LIKE_ERROR = re.compile(r"\berror\b|\bfailed\b|refus|couldn't|unable|^E \w+", re.IGNORECASE)
+_STAMP = re.compile(r"^[\d.]+ (?=[A-Z] )")  # of llama-server's log, before the level
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CLOSING = b"cleaning up before exit"  # llama-server's line after its last task: no file is written any more
 _LINGER = 1.0  # seconds from there, for the memory to be freed and the last answers to leave
@@ -83,7 +85,7 @@ class Server:
                 if self._has_ended():
                     self._update(state="failed", ended=time.time(), exit_code=self.process.returncode)
                     raise LlamamemError(
-                        f"llama-server {self.how_it_ended} before it was ready: {_last_errors(self.log_path)}"
+                        f"llama-server {self.how_it_ended} before it was ready: {_errors(self.log_path)}"
                         f" (log: {self.log_path}){self._stolen_port()}"
                     )
                 if self._listens() and _answers(http, self.url):
@@ -220,7 +222,7 @@ def launch(
     started = time.time()
     process = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        private_directory(directory)
         with filelock.FileLock(directory / ".lock", timeout=30):  # of two with one name, one is told
             prune_runs(directory)
             if other := [run for run in live_runs(starting=True, directory=directory) if run.name == name]:
@@ -269,7 +271,7 @@ def launch(
 
 
 def _start(plan: Plan, run_id: str, log_path: Path) -> subprocess.Popen[bytes]:
-    with open(log_path, "xb") as log:
+    with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as log:
         # also the proof, before anything starts, that the log can be written
         log.write(f"llamamem: run {run_id}\n".encode())
         log.flush()
@@ -320,12 +322,13 @@ def _tail(path: Path, start: int) -> bytes:
     return b""
 
 
-def _last_errors(log: Path, n: int = 4) -> str:
+def _errors(log: Path, n: int = 4) -> str:
+    """The first of them, which say why, and the last, which say what came of it."""
     try:
-        lines = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
+        text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "its log cannot be read"
-    chosen = [line for line in lines if _LOOKS_LIKE_ERROR.search(line)] or lines
-    return " | ".join(chosen[-n:]) or "it logged nothing"
+    lines = [_STAMP.sub("", line.strip()) for line in text.splitlines() if line.strip()]
+    errors = list(dict.fromkeys(line for line in lines if _LOOKS_LIKE_ERROR.search(line)))
+    chosen = errors if len(errors) <= n else errors[: n // 2] + errors[-(n // 2) :]
+    return " | ".join(chosen or lines[-n:]) or "it logged nothing"

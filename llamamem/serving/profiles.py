@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,12 +54,16 @@ class Profile(BaseModel):
 
 
 class Table(BaseModel):
-    """The whole of profiles.json: the options by key, groups of them, and the profiles, which own groups."""
+    """The whole of profiles.json: the options by key, groups of them, and the profiles, which own groups.
+
+    `gone` are options that llama-server had, and what replaced them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["llamamem_profiles.v1"]
     options: dict[str, Option]
+    gone: dict[str, str]
     groups: dict[str, tuple[str, ...]]
     profiles: dict[str, Profile]
 
@@ -137,10 +142,15 @@ def make_plan(
     host: str = "127.0.0.1",
     port: int = 8080,
     slot_dir: Path | None = None,
+    threads: int | None = None,
+    page: Path | None = None,
     extra: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Plan:
     """The command line of a run. Without a sidecar the profile is `base`, with one it is `serial` unless named.
+
+    `threads` is for a machine that is not all ours, `page` a directory for `GET /`: whoever sets them in `extra` or
+    `environ` wins.
 
     Raises LlamamemError for a contradiction: an unknown profile, a profile without its sidecar (or the reverse), more
     slots than the profile has, an owned option in `extra` or `environ`.
@@ -155,6 +165,8 @@ def make_plan(
     if "," in host or host.endswith(".sock"):
         raise LlamamemError(f"--host {host}: one TCP address is supported; give a single one, such as 127.0.0.1")
     refuse_owned(chosen, extra, environ)
+    if gone := [f"{arg} (now `{_TABLE.gone[arg]}`)" for arg in extra if arg in _TABLE.gone]:
+        raise LlamamemError(f"llama-server has no such option any more: {', '.join(gone)}")
 
     argv = [str(bin_dir / "llama-server"), "--model", str(model), "--host", host, "--port", str(port)]
     if sidecar is not None:
@@ -165,11 +177,28 @@ def make_plan(
         argv += ["--ctx-size", str(ctx_size)]
     if slot_dir is not None:
         argv += ["--slot-save-path", str(slot_dir)]
-    argv += [*chosen.flags, *extra]
+    if threads is not None and asked_threads(extra, environ) is None:
+        argv += ["--threads", str(threads)]
+    if page is not None and "--path" not in extra and "LLAMA_ARG_STATIC_PATH" not in environ:
+        argv += ["--path", str(page)]
+    argv += chosen.flags
+    if chosen.memory and not _names_origins(extra, environ):
+        argv += ["--cors-origins", "localhost"]  # any web page that is open on this machine could read a memory else
+    argv += extra
     env = tuple(sorted((name, value) for name, value in environ.items() if name.startswith("LLAMA_ARG_")))
     return Plan(
         chosen.name, tuple(argv), env, bin_dir, model, sidecar, slot_dir, host, port, parallel, ctx_size, tuple(extra)
     )
+
+
+def _names_origins(extra: Sequence[str], environ: Mapping[str, str]) -> bool:
+    return any(arg.partition("=")[0] == "--cors-origins" for arg in extra) or "LLAMA_ARG_CORS_ORIGINS" in environ
+
+
+def asked_threads(extra: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    """What `extra`, else `environ`, gives llama-server as its number of threads."""
+    given = [value for arg, value in pairwise(extra) if arg in ("-t", "--threads")]
+    return given[-1] if given else environ.get("LLAMA_ARG_THREADS")
 
 
 def _choose(name: str | None, sidecar: Path | None) -> Profile:
@@ -238,6 +267,7 @@ def _remedy(key: str) -> str:
     return f"{option.what}: " + (f"allowed by --profile {' or '.join(allowed)}" if allowed else "no profile allows it")
 
 
+PAGE = Path(__file__).with_name("page")  # what `GET /` shows: this build has no page of upstream's
 _TABLE = read_profiles(Path(__file__).with_name("profiles.json"))
 OPTIONS = _TABLE.options
 PROFILES = _TABLE.profiles

@@ -46,7 +46,7 @@ def find_run(run: str | None = None, *, starting: bool = False) -> RunRecord:
         ids = ", ".join(f"{record.name} at {record.url}" for record in found)
         raise LlamamemError(f"{len(found)} servers run: {ids}; choose one with --run")
     if run is None:
-        raise LlamamemError("no server runs; start one with `llamamem serve`, or give --url and --slot-dir")
+        raise LlamamemError("no server runs; start one with `llamamem serve`, or give --url")
     names = ", ".join(record.name for record in live) or "none"
     raise LlamamemError(f"--run {run}: no such server runs (running: {names})")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamamem.sessions.chat import Chat, SlotMemory
+from llamamem.sessions.chat import Chat, ChatMemory
 from llamamem.sessions.client import Sessions
 from llamamem.sessions.directory import DirectoryStore
 from llamamem.sessions.session import Conflict, Entry, Memory, Missing, Session, SessionStore
@@ -10,6 +10,7 @@ from llamamem.sessions.sqlite import SqliteStore
 
 __all__ = [
     "Chat",
+    "ChatMemory",
     "Conflict",
     "DirectoryStore",
     "Entry",
@@ -18,7 +19,6 @@ __all__ = [
     "Session",
     "SessionStore",
     "Sessions",
-    "SlotMemory",
     "SqliteStore",
     "open_store",
 ]

@@ -1,4 +1,4 @@
-"""A conversation in one slot of a running server: what was said, and the memory of it."""
+"""A conversation on a running server: what was said, and the memory of it, which goes with every request."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from llamamem.errors import LlamamemError
-from llamamem.serving.client import Client, Delta
-from llamamem.sessions.client import Sessions
-from llamamem.sessions.session import Missing, Session
+import numpy as np
 
-_OURS = ("id_slot", "cache_prompt")
+from llamamem.errors import LlamamemError
+from llamamem.formats.state import decode_state
+from llamamem.serving.client import Client, Delta, decoded_memory, encoded_memory
+from llamamem.sessions.client import Served, Sessions
+from llamamem.sessions.session import Session
+
+_OURS = ("id_slot", "cache_prompt", "rwkv_ms")
 
 
 @dataclass(frozen=True)
-class SlotMemory:
-    """The memory of a slot now. `norms` are those of the state of each of the `layers`, the base's numbers of them."""
+class ChatMemory:
+    """The memory of a chat now. `norms` are those of the state of each of the `layers`, the base's numbers of them."""
 
     tokens_written: int
     layers: tuple[int, ...]
     norms: tuple[float, ...]
-    frozen: bool
-    scale: float
 
 
 class Chat:
-    """`Chat(client, slot=0, sessions=sessions)`; it starts with no text and an empty memory.
+    """`Chat(client, sessions=sessions)`; it starts with no text and an empty memory.
 
-    Every turn sends the whole text: the server goes on from what the slot has when it is the same, and else reads the
-    text again on the memory that the conversation began with, so that the memory is always the one of this text.
-    Without `sessions` nothing can be saved or loaded. `options` are fields of each request. Methods raise
-    LlamamemError, and then the conversation is as it was.
+    Every turn sends the whole text and the memory that it began on, so that no slot is anybody's: the server goes on
+    from what a slot has when both are the same, and else reads the text again. Each answer brings the memory after it.
+    Without `sessions` nothing can be saved or loaded. `slot` is one to be answered in, for who wants to choose.
+    `options` are fields of each request. Methods raise LlamamemError, and then the conversation is as it was.
     """
 
     def __init__(
         self,
         client: Client,
         *,
-        slot: int = 0,
+        slot: int | None = None,
         sessions: Sessions | None = None,
         system: str | None = None,
         **options: Any,
@@ -49,29 +50,32 @@ class Chat:
         self.client = client
         self.slot = slot
         self.sessions = sessions
-        self.session: Session | None = None
-        self.messages: list[dict[str, str]] = []
         self.options = options
         self._system = [{"role": "system", "content": system}] if system else []
-        self._props = client.props()
-        n_slots = int(self._props.get("total_slots", 1))
-        if not 0 <= slot < n_slots:  # the server itself would count round
+        props = client.props()
+        self.has_memory = isinstance(props.get("rwkv_ms"), dict)
+        n_slots = int(props.get("total_slots", 1))
+        if slot is not None and not 0 <= slot < n_slots:
             raise LlamamemError(f"--slot {slot}: {client.url} has {n_slots}, counted from 0")
         self.reset()
 
-    @property
-    def has_memory(self) -> bool:
-        return isinstance(self._props.get("rwkv_ms"), dict)
+    def reset(self) -> None:
+        """Forgets all: the text, and the memory, that of a loaded session too. What was saved stays."""
+        self.session: Session | None = None
+        self.messages: list[dict[str, str]] = []
+        self._origin: bytes | None = None  # the memory that the text began on
+        self._memory: bytes | None = None  # after the last answer; None: not asked for yet
 
     def ask(self, text: str) -> Generator[Delta, None, None]:
         """The answer, piece by piece. Closing the iterator ends it: what was said until then stays said."""
         turn = [*self.messages, {"role": "user", "content": text}]
-        request = {**self.options, "id_slot": self.slot, "cache_prompt": True}
-        said, whole = "", False
+        said, whole, memory = "", False, None
         try:
-            with contextlib.closing(self.client.stream_chat([*self._system, *turn], **request)) as stream:
+            with contextlib.closing(self.client.stream_chat([*self._system, *turn], **self._request())) as stream:
                 for delta in stream:
                     said += delta.text
+                    if delta.rwkv_ms is not None and "memory" in delta.rwkv_ms:
+                        memory = decoded_memory(delta.rwkv_ms, str(self.client.url))
                     yield delta
             whole = True
         except LlamamemError:
@@ -80,29 +84,14 @@ class Chat:
         finally:
             if said or whole:
                 self.messages = [*turn, {"role": "assistant", "content": said}]
+                self._memory = memory
 
-    def reset(self) -> None:
-        """Forgets all: the text, and the memory, that of a loaded session too. What was saved stays."""
-        if self.has_memory and self.sessions is not None:
-            self.sessions.reset(self.slot)
-        elif self.has_memory:
-            # Refused without a slot directory; but then no slot was ever given a memory to start a new text on.
-            with contextlib.suppress(LlamamemError):
-                self.client.erase_slot(self.slot)
-        self.messages, self.session = [], None
-
-    def memory(self) -> SlotMemory:
-        """What the slot remembers now."""
-        if not self.has_memory:
-            raise LlamamemError(f"{self.client.url}: serves no memory; start it with --sidecar")
-        slot = next(slot for slot in self.client.slots() if slot.get("id") == self.slot)["rwkv_ms"]
-        return SlotMemory(
-            tokens_written=slot["tokens_written"],
-            layers=tuple(self._props["rwkv_ms"]["layers"]),
-            norms=tuple(slot["norms"]),
-            frozen=slot["frozen"],
-            scale=slot["scale"],
-        )
+    def memory(self) -> ChatMemory:
+        """What is remembered now."""
+        served = self._sessions("show").served()
+        state = decode_state(self._now(served), identity=served.identity)
+        norms = np.sqrt((state.S[0].astype(np.float64) ** 2).reshape(state.layers, -1).sum(axis=1))
+        return ChatMemory(int(state.tokens_written.max()), served.layers, tuple(float(norm) for norm in norms))
 
     def save(self, name: str, *, force: bool = False) -> Session:
         """Keeps the memory under that name, a new one or that of the session that was loaded or saved last.
@@ -110,27 +99,37 @@ class Chat:
         Any other session is refused unless `force` is given. The conversation goes on.
         """
         sessions = self._sessions("save")
-        try:
-            saved = sessions.save(name, self.slot, force=force)
-        except Missing:
-            sessions.start(name)
-            try:
-                saved = sessions.save(name, self.slot, force=True)  # whatever the slot began with: the name is new
-            except BaseException:
-                sessions.store.remove(name)
-                raise
-        self.session = saved
-        return saved
+        self.session = sessions.keep(name, self._now(sessions.served()), self.session, force=force)
+        return self.session
 
     def load(self, name: str) -> Session:
         """Drops the text and goes on with the memory of the session, from position 0."""
-        self.session = self._sessions("load").resume(name, self.slot)
-        self.messages = []
-        return self.session
+        session, memory = self._sessions("load").load(name)
+        self.reset()
+        self.session, self._origin = session, memory
+        return session
+
+    def _now(self, served: Served) -> bytes:
+        """The memory after what was said; of an answer that was interrupted, after as much of it as came."""
+        if not self.messages:
+            return served.empty if self._origin is None else self._origin
+        if self._memory is None:
+            prompt = self.client.apply_template([*self._system, *self.messages], add_generation_prompt=False)
+            answer = self.client.completion(prompt, n_predict=0, **self._request())
+            self._memory = decoded_memory(answer.get("rwkv_ms"), str(self.client.url))
+        return self._memory
+
+    def _request(self) -> dict[str, Any]:
+        request = {**self.options, "cache_prompt": True}
+        if self.slot is not None:
+            request["id_slot"] = self.slot
+        if self.has_memory:
+            request["rwkv_ms"] = {"memory": encoded_memory(self._origin), "return_memory": True}
+        return request
 
     def _sessions(self, what: str) -> Sessions:
         if not self.has_memory:
             raise LlamamemError(f"{self.client.url}: serves no memory to {what}; start it with --sidecar")
         if self.sessions is None:
-            raise LlamamemError(f"{self.client.url}: its slot directory is not known; give --slot-dir")
+            raise LlamamemError(f"a chat without sessions has no memory to {what}; give it some")
         return self.sessions

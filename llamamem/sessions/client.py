@@ -1,223 +1,271 @@
-"""Sessions in the slots of a running server."""
+"""Sessions on a running server: their memories in requests, or in its slots."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import filelock
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.state import MEMORY, Identity, read_state
-from llamamem.serving.client import Client
-from llamamem.sessions.session import Memory, Session, SessionStore
+from llamamem.formats.state import Identity, State, decode_state, encode_state, origin_sha256
+from llamamem.serving.client import Client, decoded_memory, encoded_memory
+from llamamem.serving.slots import held
+from llamamem.sessions import resumed
+from llamamem.sessions.resumed import Point, Resumed
+from llamamem.sessions.session import Memory, Missing, Session, SessionStore
 
 Prompt = str | list[int] | list[dict[str, Any]]
 
-_OURS = ("id_slot", "cache_prompt", "stream", "n", "n_cmpl")
+_OURS = ("stream", "n", "n_cmpl")
+_SETTING = {"frozen": False, "scale": 1.0}
+
+
+class Served(NamedTuple):
+    """What a server serves: identity and shape of its memory, the base's numbers of the layers that have one."""
+
+    identity: Identity
+    n_slots: int
+    layers: tuple[int, ...]
+    empty: bytes  # the memory of a conversation in which nothing was said
+    run: str | None  # tells this run of the server from others, where it says so
 
 
 class Sessions:
-    """`Sessions(client, store, slot_dir)`: the server behind `client` has `slot_dir` as its --slot-save-path.
+    """`Sessions(client, store)`. A turn takes any slot, and any of several servers behind one URL.
 
-    A slot is held while something is done with it, against other processes too, but not against who asks the server
-    without this class: leave the slots of sessions to sessions. `run_id` tells this run of the server from a later one
-    on the same port. Every method raises LlamamemError; what the server refused is in it as the server said it.
+    `resume` and `save` are for who talks to one slot without this class: a note of what is in it is kept for the next
+    process. `run_id` tells this run of the server from a later one at the same address. Every method raises
+    LlamamemError; what the server refused is in it as the server said it.
     """
 
-    def __init__(
-        self, client: Client, store: SessionStore, slot_dir: str | Path, *, run_id: str | None = None, wait: float = 600
-    ) -> None:
+    def __init__(self, client: Client, store: SessionStore, *, run_id: str | None = None, wait: float = 60) -> None:
         self.client = client
         self.store = store
-        self.slot_dir = Path(slot_dir)
         self.run_id = run_id
-        self.wait = wait  # seconds, for a slot that is held
+        self.wait = wait  # seconds, for a slot that another process is at
 
     def start(self, name: str, from_: str | None = None) -> Session:
         """A new session, with no memory or with a copy of that of another. The server is not asked."""
         return self.store.create(name, from_)
 
+    def load(self, name: str) -> tuple[Session, bytes | None]:
+        """The session and its memory, if it is one of what the server serves."""
+        return self._load(name, self.served())
+
+    def keep(self, name: str, data: bytes, session: Session | None = None, *, force: bool = False) -> Session:
+        """Saves a memory as the next generation of `session`, or as a new session of that name.
+
+        One of that name that is not `session` is refused, unless `force` is given.
+        """
+        memory = self._checked(data, self.served())
+        if session is not None and session.name == name and not force:
+            return self.store.save(session, memory)
+        try:
+            found, _ = self.store.load(name)
+        except Missing:
+            made = self.store.create(name)
+            try:
+                return self.store.save(made, memory)
+            except BaseException:
+                self.store.remove(name)
+                raise
+        if not force:
+            raise LlamamemError(
+                f"session {name!r}: is in {self.store.location} already, and this conversation does not go on from it;"
+                " nothing was saved; take another name, or save it with --force"
+            )
+        return self.store.save(found, memory)
+
+    def turn(self, name: str, prompt: Prompt, **options: Any) -> dict[str, Any]:
+        """Asks on the memory of the session, and keeps the memory after it: the server's answer.
+
+        A prompt is text or token ids, for /completion, or a list of messages, for /v1/chat/completions, and only what
+        is new: what was said in earlier turns is in the memory. `options` are fields of the request. With
+        `rwkv_ms={"frozen": True}` the memory is read and nothing is saved. When it raises, the session is as it was.
+        """
+        if taken := sorted(set(options) & set(_OURS)):
+            raise LlamamemError(f"a turn sets {', '.join(taken)} itself; leave it out")
+        setting = {**_SETTING, **options.pop("rwkv_ms", {})}
+        served = self.served()
+        session, state = self._load(name, served)
+        writes = not setting["frozen"]
+        request = {**options, "rwkv_ms": {**setting, "memory": encoded_memory(state), "return_memory": writes}}
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            answer = self.client.chat(prompt, **request)
+        else:
+            answer = self.client.completion(prompt, **request)  # type: ignore[arg-type]
+        if writes:
+            memory = self._checked(decoded_memory(answer.get("rwkv_ms"), str(self.client.url)), served)
+            _check_turn(session, state, memory, answer)
+            self.store.save(session, memory)
+            del answer["rwkv_ms"]["memory"]
+        return answer
+
     def resume(self, name: str, slot: int) -> Session:
         """Drops text and memory of the slot, whose next text starts at position 0 on the memory of the session."""
         with self._held(slot):
-            session = self._resume(name, slot, self._identity(slot))
-            self._remember(slot, session)
+            served = self._of_slot(slot)
+            session, state = self._load(name, served)
+            resumed.forget(self._server, slot)
+            # an empty memory is given too: the slot is this session's then, and nobody's who names none
+            memory = served.empty if state is None else state
+            restored = self.client.give_memory(slot, memory).get("tokens_written")
+            if restored != session.tokens:
+                raise LlamamemError(
+                    f"session {name!r}: has {session.tokens} tokens, but slot {slot} of {self.client.url} came back"
+                    f" with {restored}; do not use the slot, and see the server's log"
+                )
+            self._note(slot, served, session, Point(origin=origin_sha256(memory)))
         return session
 
     def save(self, name: str, slot: int, *, force: bool = False) -> Session:
         """Keeps the memory of the slot as the next generation of the session that was resumed in it.
 
-        Raises Conflict when another writer saved since then. `force` takes whatever the slot holds for the newest
-        version. A session that never had a memory needs no resume before its first save.
+        The slot must have gone on from where it was resumed or saved last, which the server knows; else nothing is
+        saved. Raises Conflict when another writer saved since then. `force` takes whatever the slot holds for the
+        newest version. A session that never had a memory needs no resume before its first save.
         """
         with self._held(slot):
-            identity = self._identity(slot)
-            loaded = self._loaded(name, slot, force)
-            memory = self._take(slot, identity)
-            if memory.tokens < loaded.tokens and not force:
+            served = self._of_slot(slot)
+            session, point = self._goes_on(name, slot, served, force)
+            try:
+                data, answer = self.client.take_memory(slot, continues=None if point is None else point.model_dump())
+            except LlamamemError as e:
+                if e.reason != "state-continues":
+                    raise
                 raise LlamamemError(
-                    f"session {name!r}: slot {slot} remembers {memory.tokens} tokens, {loaded.tokens} were resumed; it"
-                    " was reset since then and nothing was saved; resume the session again, or save it with --force"
-                )
-            saved = self.store.save(loaded, memory)
-            self._remember(slot, saved)
+                    f"session {name!r}: slot {slot} does not go on from what was resumed or saved in it last: {e};"
+                    " nothing was saved; resume the session again, or save what the slot holds with --force",
+                    reason=e.reason,
+                ) from None
+            memory = self._checked(data, served)
+            try:
+                now = Point.model_validate(answer)
+            except ValidationError:
+                raise LlamamemError(f"{self.client.url}: the answer says not what was saved; {_OLDER}") from None
+            saved = self.store.save(session, memory)
+            self._note(slot, served, saved, now)
         return saved
 
     def reset(self, slot: int) -> None:
         """Drops text and memory of the slot, which holds no session then; what was saved stays."""
         with self._held(slot):
-            self._identity(slot)
-            self._forget(slot)
-            self.client.erase_slot(slot)
+            self._of_slot(slot)
+            resumed.forget(self._server, slot)
+            self.client.reset_memory(slot)
 
-    def turn(self, name: str, prompt: Prompt, slot: int, **options: Any) -> dict[str, Any]:
-        """Resume, ask, save: the server's answer. When it raises, the session is as it was.
+    def served(self) -> Served:
+        """Refuses a server without a memory, and one that takes none in a request."""
+        try:
+            props = _Props.model_validate(self.client.props())
+        except ValidationError as e:
+            raise LlamamemError(f"{self.client.url}: its /props are not those of this llama-server: {e}") from None
+        if (memory := props.rwkv_ms) is None:
+            raise LlamamemError(f"{self.client.url}: serves no memory; start it with --sidecar")
+        if not {"memory", "continues"} <= set(memory.features):
+            raise LlamamemError(f"{self.client.url}: takes no memory in a request; {_OLDER}")
+        identity = Identity(memory.sidecar_sha256, memory.base_sha256)
+        n, heads, rank = len(memory.layers), memory.state_heads, memory.rank
+        empty = State(
+            np.zeros((1, n, heads, memory.states, rank, rank), np.float32),
+            np.zeros((1, n, heads * rank), np.float32),
+            np.zeros((1, n), np.int64),
+            memory.chunk,
+            memory.semantics,
+            *identity,
+        )
+        run = memory.run or self.run_id
+        return Served(identity, props.total_slots, tuple(memory.layers), encode_state(empty), run)
 
-        A prompt is text or token ids, for /completion, or a list of messages, for /v1/chat/completions, and only what
-        is new: what was said in earlier turns is in the memory. `options` are fields of the request. With
-        `rwkv_ms={"frozen": True}` the memory is read and nothing is saved.
-        """
-        if taken := sorted(set(options) & set(_OURS)):
-            raise LlamamemError(f"a turn sets {', '.join(taken)} itself; leave it out")
-        # a setting that somebody left on the slot must not change the answers of a session
-        setting = {"frozen": False, "scale": 1.0, **options.pop("rwkv_ms", {})}
-        request = {**options, "rwkv_ms": setting, "id_slot": slot, "cache_prompt": False}
-        with self._held(slot):
-            identity = self._identity(slot)
-            session = self._resume(name, slot, identity)
-            if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-                answer = self.client.chat(prompt, **request)
-            else:
-                answer = self.client.completion(prompt, **request)  # type: ignore[arg-type]
-            if not setting["frozen"]:
-                memory = self._take(slot, identity)
-                _check_turn(session, memory, answer, slot)
-                self.store.save(session, memory)
-        return answer
+    @property
+    def _server(self) -> str:
+        return str(self.client.url).rstrip("/")
 
-    def _resume(self, name: str, slot: int, identity: Identity) -> Session:
+    def _of_slot(self, slot: int) -> Served:
+        served = self.served()
+        if not 0 <= slot < served.n_slots:
+            raise LlamamemError(f"slot {slot}: {self.client.url} has {served.n_slots}, counted from 0")
+        return served
+
+    def _load(self, name: str, served: Served) -> tuple[Session, bytes | None]:
         session, state = self.store.load(name)
-        if state is not None and (session.sidecar_sha256, session.base_sha256) != identity:
+        if state is not None and (session.sidecar_sha256, session.base_sha256) != served.identity:
             raise LlamamemError(
                 f"session {name!r}: [state-identity] is of sidecar {session.sidecar_sha256} and base"
-                f" {session.base_sha256}, {self.client.url} serves sidecar {identity.sidecar_sha256} and base"
-                f" {identity.base_sha256}; serve what the session was made with",
+                f" {session.base_sha256}, {self.client.url} serves sidecar {served.identity.sidecar_sha256} and base"
+                f" {served.identity.base_sha256}; serve what the session was made with",
                 reason="state-identity",
             )
-        self._forget(slot)
-        if state is None:
-            self.client.erase_slot(slot)
-            return session
-        with self._file() as path:
-            _write(path, state)
-            restored = self.client.restore_memory(slot, path.name).get("tokens_written")
-        if restored != session.tokens:
-            raise LlamamemError(
-                f"session {name!r}: has {session.tokens} tokens, but slot {slot} of {self.client.url} came back with"
-                f" {restored}; do not use the slot, and see the server's log"
-            )
-        return session
+        return session, state
 
-    def _take(self, slot: int, identity: Identity) -> Memory:
-        with self._file() as path:
-            self.client.save_memory(slot, path.name)
-            if not path.exists():
+    def _checked(self, data: bytes, served: Served) -> Memory:
+        state = decode_state(data, identity=served.identity)
+        return Memory(data, int(state.tokens_written.max()), state.sidecar_sha256, state.base_sha256)
+
+    def _goes_on(self, name: str, slot: int, served: Served, force: bool) -> tuple[Session, Point | None]:
+        """The version that a save of this slot replaces, and where the slot must have gone on from."""
+        noted = resumed.noted(self._server, slot)
+        again = noted is not None and (noted.run or served.run) != (served.run or noted.run)
+        if not force and noted and (noted.store, noted.session.name) == (self.store.location, name):
+            if again or not self._is_given(slot):
                 raise LlamamemError(
-                    f"{path}: the server did not write it there; {self.slot_dir} is not its --slot-save-path, give that"
+                    f"session {name!r}: [state-continues] slot {slot} was reset since it was resumed, or the server"
+                    " started again; nothing was saved; resume the session again, or save what the slot holds with"
+                    " --force",
+                    reason="state-continues",
                 )
-            state = read_state(path, identity=identity, kinds=(MEMORY,))
-            return Memory(path.read_bytes(), int(state.tokens_written.max()), state.sidecar_sha256, state.base_sha256)
-
-    def _loaded(self, name: str, slot: int, force: bool) -> Session:
-        """The version that a save of this slot goes on from."""
-        resumed = self._resumed(slot)
-        if not force and resumed and (resumed.store, resumed.session.name) == (self.store.location, name):
-            return resumed.session
+            return noted.session, noted.point
+        if again:
+            noted = None
         session, state = self.store.load(name)
-        if force or (resumed is None and state is None):
-            return session
-        holds = f"holds session {resumed.session.name!r} of {resumed.store}" if resumed else "holds no session"
+        if force:
+            return session, None
+        if noted is None and state is None:
+            return session, Point(origin=None)
+        holds = f"holds session {noted.session.name!r} of {noted.store}" if noted else "holds no session"
         raise LlamamemError(
             f"session {name!r}: slot {slot} {holds}; nothing was saved; resume {name!r} there before you talk to it, or"
             " save what the slot holds with --force"
         )
 
-    def _identity(self, slot: int) -> Identity:
-        """What the server serves. Refuses one without a memory, and a slot that it does not have."""
-        try:
-            props = _Props.model_validate(self.client.props())
-        except ValidationError as e:
-            raise LlamamemError(f"{self.client.url}: its /props are not those of this llama-server: {e}") from None
-        if props.rwkv_ms is None:
-            raise LlamamemError(f"{self.client.url}: serves no memory; start it with --sidecar")
-        if not 0 <= slot < props.total_slots:  # the server itself would count round
-            raise LlamamemError(f"slot {slot}: {self.client.url} has {props.total_slots}, counted from 0")
-        return Identity(props.rwkv_ms.sidecar_sha256, props.rwkv_ms.base_sha256)
+    def _is_given(self, slot: int) -> bool:
+        """What was resumed gave the slot a memory. In a server that was started again it has none, and would look like
+        one that was given an empty one."""
+        state = next((entry.get("rwkv_ms") for entry in self.client.slots() if entry.get("id") == slot), None) or {}
+        return state.get("given") is not False
 
-    # What slot holds which version is kept beside the slot files, for the next process.
-
-    def _remember(self, slot: int, session: Session) -> None:
-        resumed = _Resumed(run_id=self.run_id, store=self.store.location, session=session)
-        with self._file() as part:
-            _write(part, resumed.model_dump_json().encode())
-            os.replace(part, self._beside(slot, "json"))
-
-    def _forget(self, slot: int) -> None:
-        self._beside(slot, "json").unlink(missing_ok=True)
-
-    def _resumed(self, slot: int) -> _Resumed | None:
-        try:
-            resumed = _Resumed.model_validate_json(self._beside(slot, "json").read_bytes())
-        except (FileNotFoundError, ValidationError):
-            return None
-        return resumed if resumed.run_id == self.run_id else None
-
-    def _beside(self, slot: int, suffix: str) -> Path:
-        # servers may share a directory; their ports differ
-        # [TAG_SLOT_LOCK] llamamem/proof/health/slot.py knows the name of the lock
-        return self.slot_dir / f".llamamem-{self.client.url.port or self.client.url.scheme}-slot-{slot}.{suffix}"
+    def _note(self, slot: int, served: Served, session: Session, point: Point) -> None:
+        resumed.note(
+            Resumed(
+                server=self._server,
+                run=served.run,
+                slot=slot,
+                store=self.store.location,
+                session=session,
+                point=point,
+            )
+        )
 
     @contextlib.contextmanager
     def _held(self, slot: int) -> Iterator[None]:
-        if not self.slot_dir.is_dir():
-            raise LlamamemError(f"{self.slot_dir}: no such directory; give the server's own --slot-dir")
         try:
-            with filelock.FileLock(self._beside(slot, "lock"), timeout=self.wait):
+            with held(self._server, slot, self.wait):
                 yield
-        except filelock.Timeout:
-            raise LlamamemError(
-                f"slot {slot}: another process was at it for {self.wait:g} s; take another slot"
-            ) from None
         except OSError as e:
             raise LlamamemError(
-                f"{e.filename or self.slot_dir}: cannot be read or written ({e.strerror or e}); give the server's own"
-                " --slot-dir"
+                f"{e.filename or 'the notes of what was resumed'}: cannot be read or written ({e.strerror or e}); make"
+                " room, or set XDG_STATE_HOME"
             ) from None
 
-    @contextlib.contextmanager
-    def _file(self) -> Iterator[Path]:
-        """A plain name in the slot directory that nobody else has; whatever happens, no file of it is left."""
-        path = self.slot_dir / f"llamamem-{secrets.token_hex(8)}.state"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+
+_OLDER = "it is of an older build: `llamamem build`, then start it again"
 
 
-def _write(path: Path, data: bytes) -> None:
-    """A new file, readable by its owner alone."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-
-
-def _check_turn(session: Session, memory: Memory, answer: dict[str, Any], slot: int) -> None:
-    """The memory must have gone on from where it was resumed, by this turn's tokens and no others.
+def _check_turn(session: Session, state: bytes | None, memory: Memory, answer: dict[str, Any]) -> None:
+    """The memory must have gone on from that of the session, by this turn's tokens and no others.
 
     The last generated token is written with the next one that follows it, which here never comes.
     """
@@ -227,12 +275,13 @@ def _check_turn(session: Session, memory: Memory, answer: dict[str, Any], slot: 
         raise LlamamemError(
             f"session {session.name!r}: the answer has no timings to check; nothing was saved"
         ) from None
-    least = session.tokens + timings.prompt_n
-    if timings.cache_n or not least <= memory.tokens <= least + timings.predicted_n:
+    began, origin = answer["rwkv_ms"].get("origin"), origin_sha256(state) if state is not None else None
+    least = session.tokens + timings.prompt_n + timings.cache_n
+    if began != origin or not least <= memory.tokens <= least + timings.predicted_n:
         raise LlamamemError(
-            f"session {session.name!r}: slot {slot} went from {session.tokens} to {memory.tokens} tokens in a turn of"
-            f" {timings.prompt_n} + {timings.predicted_n} ({timings.cache_n} reused); something else used the slot, and"
-            " nothing was saved; leave it to sessions and take the turn again"
+            f"session {session.name!r}: the answer began on memory {began}, not on {origin}, and went from"
+            f" {session.tokens} to {memory.tokens} tokens in a turn of {timings.prompt_n + timings.cache_n} +"
+            f" {timings.predicted_n}; nothing was saved; see the server's log"
         )
 
 
@@ -245,14 +294,16 @@ class _Timings(BaseModel):
 class _RwkvMs(BaseModel):
     sidecar_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     base_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    features: list[str] = []
+    layers: list[int] = []
+    state_heads: int = 1
+    states: int = 1
+    rank: int = 1
+    chunk: int = 1
+    semantics: int = 1
+    run: str | None = None
 
 
 class _Props(BaseModel):
     total_slots: int
     rwkv_ms: _RwkvMs | None = None
-
-
-class _Resumed(BaseModel):
-    run_id: str | None
-    store: str
-    session: Session

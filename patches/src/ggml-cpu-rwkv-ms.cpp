@@ -162,6 +162,7 @@ static void ggml_compute_forward_rwkv_ms_f32(const ggml_compute_params * params,
             } else {
                 std::copy(t.read, t.read + D, t.out);
             }
+            ggml_rwkv_ms_token_guard<lanes>(D, t.out);
         }
 
         if (mask == GGML_RWKV_MS_MASK_LIVE) {

@@ -31,6 +31,8 @@ struct rwkv_ms_warp {
 
     static __device__ void sync() { __syncwarp(); }
 
+    static __device__ bool any(bool x) { return __ballot_sync(RWKV_MS_ALL, x) != 0; }
+
     static __device__ void matvec(int n_in, int n_out, const float * w, const float * x, float * y) {
         for (int o = lane(); o < n_out; o += n_lane()) {
             float sum = 0.0f;
@@ -139,6 +141,7 @@ static __device__ void rwkv_ms_output(const rwkv_ms_args & a, const float * w, i
     } else {
         rwkv_ms_copy(D, row.read, row.out);
     }
+    ggml_rwkv_ms_token_guard<rwkv_ms_warp>(D, row.out);
     rwkv_ms_copy(a.p.trace ? ggml_rwkv_ms_row::n_trace(a.p) : D, a.p.trace ? row.s : row.out, a.dst + t * a.stride_dst);
 }
 

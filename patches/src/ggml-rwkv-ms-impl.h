@@ -8,6 +8,8 @@
 #include "ggml-rwkv-ms.h"
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define GGML_RWKV_MS_FUNC __host__ __device__ inline
@@ -149,6 +151,13 @@ GGML_RWKV_MS_FUNC float ggml_rwkv_ms_decay(float w) {
 #endif
 }
 
+// neither NaN nor infinite, by its bits: whatever the compiler was told to assume of floats
+GGML_RWKV_MS_FUNC bool ggml_rwkv_ms_is_finite(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
 GGML_RWKV_MS_FUNC float ggml_rwkv_ms_norm(int n, const float * x) {
     float sum = 0.0f;
     for (int i = 0; i < n; ++i) {
@@ -169,6 +178,8 @@ struct ggml_rwkv_ms_thread {
     static int n_lane() { return 1; }
 
     static void sync() {}
+
+    static bool any(bool x) { return x; }
 
     // y[n_out] = x[n_in] @ w[n_in][n_out]; along the contiguous index
     static void matvec(int n_in, int n_out, const float * w, const float * x, float * GGML_RESTRICT y) {
@@ -336,4 +347,24 @@ GGML_RWKV_MS_FUNC void ggml_rwkv_ms_token_output(
     lanes::sync();
 
     lanes::matvec(D, D, w.output, tmp.y, t.out);
+}
+
+// The last step of a token: what is not finite is zeros, all D of it. NaN would get into the cells of a KV cache that texts
+// share and from there, masked or not (0 * NaN), into all of them. The state keeps what is not finite: there it is seen.
+//
+// What is finite is small, however large the state: the group norm leaves at most sqrt(R - 1) of a read of any size, and zero
+// where its variance overflows (from 1e19 on), so that |out[o]| <= sqrt(R - 1) * sum_i |ln_x[i] * output[i][o]| * sum_l |g2[l][i]|,
+// which is the weights' alone, and is of the order of 10 where they are of the order of 1/sqrt(D). Without weights out is the read.
+template <typename lanes>
+GGML_RWKV_MS_FUNC void ggml_rwkv_ms_token_guard(int D, float * out) {
+    bool bad = false;
+    for (int i = lanes::lane(); i < D; i += lanes::n_lane()) {
+        bad = bad || !ggml_rwkv_ms_is_finite(out[i]);
+    }
+    if (lanes::any(bad)) {
+        for (int i = lanes::lane(); i < D; i += lanes::n_lane()) {
+            out[i] = 0.0f;
+        }
+    }
+    lanes::sync();
 }

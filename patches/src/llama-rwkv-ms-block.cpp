@@ -1,5 +1,6 @@
 #include "llama-rwkv-ms-state.h"
 
+#include "llama-rwkv-ms-gguf.h"
 #include "llama-rwkv-ms-sha256.h"
 
 #include "ggml-rwkv-ms.h"
@@ -58,11 +59,12 @@ uint64_t llama_rwkv_ms_block_n_cells(const llama_rwkv_ms_block_header & header) 
 }
 
 std::vector<uint8_t> llama_rwkv_ms_block_write(
-        const llama_rwkv_ms &      weights,
-        uint32_t                   kind,
-        const std::vector<float> & cells,
-        const std::vector<float> & origins,
-        uint64_t                   n_bytes_kv) {
+        const llama_rwkv_ms &         weights,
+        uint32_t                      kind,
+        const std::vector<float> &    cells,
+        const std::vector<float> &    origins,
+        const llama_rwkv_ms_setting & setting,
+        uint64_t                      n_bytes_kv) {
     GGML_ASSERT(origins.empty() || origins.size() == cells.size());
 
     auto header = rwkv_ms_block_header_init(weights);
@@ -71,6 +73,11 @@ std::vector<uint8_t> llama_rwkv_ms_block_write(
     header.n_cells    = cells.size() / ((size_t) header.n_layer * header.n_cell);
     header.n_bytes_kv = n_bytes_kv;
     header.flags      = origins.empty() ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN;
+
+    if (setting.scale != 1.0f || setting.frozen != 0 || setting.tag != 0) {
+        header.flags |= LLAMA_RWKV_MS_BLOCK_SETTING;
+        memcpy(header.note, &setting, sizeof(setting));
+    }
 
     std::vector<float> all = cells;
     all.insert(all.end(), origins.begin(), origins.end());
@@ -100,12 +107,34 @@ static void rwkv_ms_block_check_version(const llama_rwkv_ms_block_header & heade
     }
 }
 
-// a text and then zeros; none unless a tool made the state
+static_assert(sizeof(llama_rwkv_ms_setting) == 16, "the layout is documented");
+
+llama_rwkv_ms_setting llama_rwkv_ms_block_setting(const llama_rwkv_ms_block_header & header) {
+    llama_rwkv_ms_setting res;
+    if (header.flags & LLAMA_RWKV_MS_BLOCK_SETTING) {
+        memcpy(&res, header.note, sizeof(res));
+    }
+    return res;
+}
+
+// a setting and then zeros
+static bool rwkv_ms_setting_check(const llama_rwkv_ms_block_header & header) {
+    const auto setting = llama_rwkv_ms_block_setting(header);
+
+    return (header.flags & LLAMA_RWKV_MS_BLOCK_DERIVED) == 0 && std::isfinite(setting.scale) && setting.frozen <= 1 &&
+            std::all_of(header.note + sizeof(setting), header.note + sizeof(header.note), [](char c) { return c == 0; });
+}
+
+// a text in UTF-8 and then zeros; none unless a tool made the state
 static bool rwkv_ms_note_check(const llama_rwkv_ms_block_header & header) {
+    if (header.flags & LLAMA_RWKV_MS_BLOCK_SETTING) {
+        return rwkv_ms_setting_check(header);
+    }
+
     const std::string note(header.note, sizeof(header.note));
     const size_t      n = header.flags & LLAMA_RWKV_MS_BLOCK_DERIVED ? std::min(note.find('\0'), note.size()) : 0;
 
-    return note.find_first_not_of('\0', n) == std::string::npos;
+    return note.find_first_not_of('\0', n) == std::string::npos && llama_rwkv_ms_is_utf8({ note.data(), n });
 }
 
 void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint32_t kind, uint32_t n_cells) {
@@ -126,7 +155,9 @@ void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_m
         llama_rwkv_ms_state_fail("state-shape", "the state has %u sequences, expected %u", header.n_cells, n_cells);
     }
 
-    const uint32_t flags = LLAMA_RWKV_MS_BLOCK_DERIVED | (kind == LLAMA_RWKV_MS_BLOCK_MEMORY ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN);
+    const uint32_t flags = LLAMA_RWKV_MS_BLOCK_DERIVED |
+            (kind == LLAMA_RWKV_MS_BLOCK_MEMORY ? 0 : LLAMA_RWKV_MS_BLOCK_ORIGIN) |
+            (kind == LLAMA_RWKV_MS_BLOCK_SEQ || kind == LLAMA_RWKV_MS_BLOCK_PARTIAL ? LLAMA_RWKV_MS_BLOCK_SETTING : 0);
 
     if (header.n_layer != expected.n_layer || header.n_head != expected.n_head || header.n_state != expected.n_state || header.rank != expected.rank ||
             header.n_chunk != expected.n_chunk || header.semantics != expected.semantics || header.n_cell != expected.n_cell ||
@@ -137,11 +168,35 @@ void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_m
     }
 }
 
+static void rwkv_ms_block_check_size(const llama_rwkv_ms_block_header & header, uint64_t n_rest) {
+    // no overflow: the factors have 32 bits, and each product is compared before the next
+    const uint64_t n_floats = (uint64_t) header.n_layer * header.n_cell;
+    const uint64_t n_all    = llama_rwkv_ms_block_n_cells(header);
+
+    if (n_floats > n_rest || n_all > n_rest || n_floats * n_all > n_rest / sizeof(float) ||
+            header.n_bytes_kv != n_rest - n_floats * n_all * sizeof(float)) {
+        llama_rwkv_ms_state_fail("state-truncated", "the state has %llu bytes after its header, which says another number: it is cut, or something was added",
+                (unsigned long long) n_rest);
+    }
+}
+
+void llama_rwkv_ms_block_check_head(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells) {
+    rwkv_ms_block_check_version(header);
+    rwkv_ms_block_check_size(header, n_rest);
+
+    llama_rwkv_ms_block_check(weights, header, kind, n_cells);
+}
+
 void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, const std::vector<float> & cells) {
     const auto digest = rwkv_ms_block_hash(header, cells.data(), cells.size() * sizeof(float));
 
     if (memcmp(digest.data(), header.checksum, sizeof(header.checksum)) != 0) {
         llama_rwkv_ms_state_fail("state-checksum", "the memory does not have its checksum: the state is damaged");
+    }
+
+    // a checkpoint never leaves RAM: it brings back what was there, and what is not finite ends that text
+    if (header.kind == LLAMA_RWKV_MS_BLOCK_PARTIAL) {
+        return;
     }
 
     const size_t n_cell = (size_t) header.n_layer * header.n_cell;
@@ -182,24 +237,21 @@ void llama_rwkv_ms_block_check_data(const llama_rwkv_ms & weights, const uint8_t
 
     rwkv_ms_block_check_version(header);
 
-    // no overflow: the factors have 32 bits, and each product is compared before the next
-    const uint64_t rest     = size < sizeof(header) ? 0 : size - sizeof(header);
-    const uint64_t n_floats = (uint64_t) header.n_layer * header.n_cell;
-    const uint64_t n_all    = llama_rwkv_ms_block_n_cells(header);
-
-    if (size < sizeof(header) || n_floats > rest || n_all > rest || n_floats * n_all > rest / sizeof(float) ||
-            header.n_bytes_kv != rest - n_floats * n_all * sizeof(float)) {
-        llama_rwkv_ms_state_fail("state-truncated", "the state has %zu bytes, its header says another number: it is cut, or something was added", size);
+    if (size < sizeof(header)) {
+        llama_rwkv_ms_state_fail("state-truncated", "the state ends within its header: it is cut");
     }
+    rwkv_ms_block_check_size(header, size - sizeof(header));
 
-    const auto digest = rwkv_ms_block_hash(header, data + sizeof(header), n_floats * n_all * sizeof(float));
+    const size_t n_values = (size - sizeof(header) - header.n_bytes_kv) / sizeof(float);
+
+    const auto digest = rwkv_ms_block_hash(header, data + sizeof(header), n_values * sizeof(float));
     if (memcmp(digest.data(), header.checksum, sizeof(header.checksum)) != 0) {
         llama_rwkv_ms_state_fail("state-checksum", "the memory does not have its checksum: the state is damaged");
     }
 
     llama_rwkv_ms_block_check(weights, header, kind, n_cells);
 
-    std::vector<float> cells(n_floats * n_all);
+    std::vector<float> cells(n_values);
     memcpy(cells.data(), data + sizeof(header), cells.size() * sizeof(float));
 
     llama_rwkv_ms_block_check_cells(weights, header, cells);

@@ -1,23 +1,23 @@
 #include "llama-rwkv-ms-state.h"
 
+#include "llama-rwkv-ms-fs.h"
 #include "llama-rwkv-ms-sha256.h"
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
-#include <memory>
-
-#if defined(_WIN32)
-#include <io.h>
-#include <process.h>
-#include <windows.h>
-#else
-#include <fcntl.h>
-#include <unistd.h>
-#endif
 
 static const uint32_t RWKV_MS_TRAILER_VERSION = 1;
+
+static const size_t RWKV_MS_LARGE_FILE = 64u << 20; // bytes
+static const size_t RWKV_MS_FILE_PEEK  = 4096;      // bytes of the state that are looked at before the rest
+
+// llama.cpp's, of a file
+struct rwkv_ms_head {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t n_tokens;
+};
 
 // what ends a file
 struct rwkv_ms_trailer {
@@ -29,41 +29,29 @@ struct rwkv_ms_trailer {
 
 static_assert(sizeof(rwkv_ms_trailer) == 48, "the layout is documented");
 
-struct rwkv_ms_file_closer {
-    void operator()(FILE * file) { fclose(file); }
-};
+std::vector<uint8_t> llama_rwkv_ms_file_pack(uint32_t magic, uint32_t version, const llama_token * tokens, size_t n_tokens, const std::vector<uint8_t> & state) {
+    const rwkv_ms_head head = { magic, version, (uint32_t) n_tokens };
 
-typedef std::unique_ptr<FILE, rwkv_ms_file_closer> rwkv_ms_file_ptr;
+    std::vector<uint8_t> res;
 
-static bool rwkv_ms_file_sync(FILE * file) {
-    if (fflush(file) != 0) {
-        return false;
-    }
-#if defined(_WIN32)
-    return _commit(_fileno(file)) == 0;
-#else
-    return fsync(fileno(file)) == 0;
-#endif
-}
+    const auto write = [&](const void * data, size_t size) {
+        res.insert(res.end(), (const uint8_t *) data, (const uint8_t *) data + size);
+    };
 
-static bool rwkv_ms_file_replace(const std::string & from, const std::string & to) {
-#if defined(_WIN32)
-    return MoveFileExA(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) != 0;
-#else
-    if (rename(from.c_str(), to.c_str()) != 0) {
-        return false;
-    }
-    // the new name has to reach the disk too
-    const size_t      slash = to.find_last_of('/');
-    const std::string dir   = slash == std::string::npos ? "." : to.substr(0, slash + 1);
+    write(&head, sizeof(head));
+    write(tokens, n_tokens * sizeof(llama_token));
+    write(state.data(), state.size());
 
-    const int fd = open(dir.c_str(), O_RDONLY);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
-    return true;
-#endif
+    rwkv_ms_trailer trailer = {};
+    memcpy(trailer.magic, "RMVE", sizeof(trailer.magic));
+    trailer.version = RWKV_MS_TRAILER_VERSION;
+    trailer.n_bytes = res.size();
+
+    const auto digest = llama_rwkv_ms_sha256::hash(res.data(), res.size());
+    memcpy(trailer.hash, digest.data(), sizeof(trailer.hash));
+
+    write(&trailer, sizeof(trailer));
+    return res;
 }
 
 size_t llama_rwkv_ms_file_write(
@@ -73,110 +61,120 @@ size_t llama_rwkv_ms_file_write(
         const llama_token *          tokens,
         size_t                       n_tokens,
         const std::vector<uint8_t> & state) {
-    const uint32_t head[3] = { magic, version, (uint32_t) n_tokens };
+    const auto data = llama_rwkv_ms_file_pack(magic, version, tokens, n_tokens, state);
 
-    rwkv_ms_trailer trailer = {};
-    memcpy(trailer.magic, "RMVE", sizeof(trailer.magic));
-    trailer.version = RWKV_MS_TRAILER_VERSION;
-    trailer.n_bytes = sizeof(head) + n_tokens * sizeof(llama_token) + state.size();
-
-    llama_rwkv_ms_sha256 hash;
-    hash.update(head, sizeof(head));
-    hash.update(tokens, n_tokens * sizeof(llama_token));
-    hash.update(state.data(), state.size());
-
-    const auto digest = hash.final();
-    memcpy(trailer.hash, digest.data(), sizeof(trailer.hash));
-
-#if defined(_WIN32)
-    const std::string part = path + "." + std::to_string(_getpid()) + ".part";
-#else
-    const std::string part = path + "." + std::to_string(getpid()) + ".part";
-#endif
-
-    rwkv_ms_file_ptr file(ggml_fopen(part.c_str(), "wb"));
-
-    const auto write = [&](const void * data, size_t size) {
-        return size == 0 || fwrite(data, 1, size, file.get()) == size;
-    };
-
-    const bool ok = file && write(head, sizeof(head)) && write(tokens, n_tokens * sizeof(llama_token)) &&
-            write(state.data(), state.size()) && write(&trailer, sizeof(trailer)) && rwkv_ms_file_sync(file.get());
-
-    const int err = errno;
-    file.reset();
-
-    if (!ok || !rwkv_ms_file_replace(part, path)) {
-        const std::string what = strerror(ok ? errno : err);
-        remove(part.c_str());
-        llama_rwkv_ms_state_fail("state-unwritable", "'%s' cannot be written: %s", path.c_str(), what.c_str());
+    const std::string err = llama_rwkv_ms_fs_write(path, data.data(), data.size());
+    if (!err.empty()) {
+        llama_rwkv_ms_state_fail("state-unwritable", "'%s' cannot be written: %s", path.c_str(), err.c_str());
     }
-    return trailer.n_bytes + sizeof(trailer);
+    return data.size();
 }
 
-static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
-    rwkv_ms_file_ptr file(ggml_fopen(path.c_str(), "rb"));
-    if (!file) {
-        llama_rwkv_ms_state_fail("state-unreadable", "'%s' cannot be opened: %s", path.c_str(), strerror(errno));
-    }
-    std::vector<uint8_t> res;
-    std::vector<uint8_t> buf(4u << 20);
-    size_t               n;
-    while ((n = fread(buf.data(), 1, buf.size(), file.get())) > 0) {
-        res.insert(res.end(), buf.begin(), buf.begin() + n);
-    }
-    if (ferror(file.get())) {
-        llama_rwkv_ms_state_fail("state-unreadable", "'%s' cannot be read: %s", path.c_str(), strerror(errno));
-    }
-    return res;
-}
+//
+// reading
+//
 
-llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version) {
-    llama_rwkv_ms_file res;
+// what surrounds the state in a file
+struct rwkv_ms_frame {
+    size_t n_tokens = 0;
+    size_t i_state  = 0;
+    size_t n_state  = 0;
 
-    res.data = rwkv_ms_file_load(path);
+    uint8_t hash[32] = {}; // of all before the trailer
+};
 
-    uint32_t head[3] = {};
-    memcpy(head, res.data.data(), std::min(res.data.size(), sizeof(head)));
+// read_at(at, dst, n): n bytes of the size that there are
+template <typename F>
+static rwkv_ms_frame rwkv_ms_frame_read(const char * name, size_t size, uint32_t magic, uint32_t version, const F & read_at) {
+    rwkv_ms_frame res;
 
-    if (res.data.size() >= 8 && (head[0] != magic || head[1] != version)) {
-        llama_rwkv_ms_state_fail("state-format", "'%s' is not a state file of this kind: it begins with %08x %u, expected %08x %u",
-                path.c_str(), head[0], head[1], magic, version);
+    rwkv_ms_head head = {};
+    read_at(0, &head, std::min(size, sizeof(head)));
+
+    if (size >= 8 && (head.magic != magic || head.version != version)) {
+        llama_rwkv_ms_state_fail("state-format", "%s is not a state file of this kind: it begins with %08x %u, expected %08x %u",
+                name, head.magic, head.version, magic, version);
     }
-    if (res.data.size() < sizeof(head) || head[2] > (res.data.size() - sizeof(head)) / sizeof(llama_token)) {
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' ends within its tokens: save it again", path.c_str());
+    if (size < sizeof(head) || head.n_tokens > (size - sizeof(head)) / sizeof(llama_token)) {
+        llama_rwkv_ms_state_fail("state-truncated", "%s ends within its tokens: save it again", name);
     }
-
-    res.i_state = sizeof(head) + head[2] * sizeof(llama_token);
-    res.tokens.resize(head[2]);
-    memcpy(res.tokens.data(), res.data.data() + sizeof(head), head[2] * sizeof(llama_token));
+    res.n_tokens = head.n_tokens;
+    res.i_state  = sizeof(head) + res.n_tokens * sizeof(llama_token);
 
     rwkv_ms_trailer trailer = {};
-    if (res.data.size() >= res.i_state + sizeof(trailer)) {
-        memcpy(&trailer, res.data.data() + res.data.size() - sizeof(trailer), sizeof(trailer));
+    if (size >= res.i_state + sizeof(trailer)) {
+        read_at(size - sizeof(trailer), &trailer, sizeof(trailer));
     }
     if (memcmp(trailer.magic, "RMVE", sizeof(trailer.magic)) != 0) {
         // one that was saved without a memory has no trailer; in that of a whole context the architecture comes first
-        const std::string text(res.data.begin() + res.i_state, res.data.begin() + std::min(res.data.size(), res.i_state + 64));
+        std::string text(std::min<size_t>(size - res.i_state, 64), '\0');
+        read_at(res.i_state, &text[0], text.size());
         if (text.size() == 64 && text.find("RMVS") == std::string::npos) {
-            llama_rwkv_ms_state_fail("state-no-memory", "'%s' has no memory in it: it was saved without a sidecar", path.c_str());
+            llama_rwkv_ms_state_fail("state-no-memory", "%s has no memory in it: it was saved without a sidecar", name);
         }
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' does not end with its trailer: it is cut, or something was added", path.c_str());
+        llama_rwkv_ms_state_fail("state-truncated", "%s does not end with its trailer: it is cut, or something was added", name);
     }
     if (trailer.version != RWKV_MS_TRAILER_VERSION) {
-        llama_rwkv_ms_state_fail("state-version", "'%s' has a trailer of version %u, this build reads %u", path.c_str(), trailer.version,
+        llama_rwkv_ms_state_fail("state-version", "%s has a trailer of version %u, this build reads %u", name, trailer.version,
                 RWKV_MS_TRAILER_VERSION);
     }
-    if (trailer.n_bytes != res.data.size() - sizeof(trailer)) {
-        llama_rwkv_ms_state_fail("state-truncated", "'%s' has %zu bytes before its trailer, which says %llu", path.c_str(),
-                res.data.size() - sizeof(trailer), (unsigned long long) trailer.n_bytes);
+    if (trailer.n_bytes != size - sizeof(trailer)) {
+        llama_rwkv_ms_state_fail("state-truncated", "%s has %zu bytes before its trailer, which says %llu", name,
+                size - sizeof(trailer), (unsigned long long) trailer.n_bytes);
     }
-
-    const auto digest = llama_rwkv_ms_sha256::hash(res.data.data(), trailer.n_bytes);
-    if (memcmp(digest.data(), trailer.hash, sizeof(trailer.hash)) != 0) {
-        llama_rwkv_ms_state_fail("state-checksum", "'%s' does not have its checksum: the file is damaged", path.c_str());
-    }
-
     res.n_state = trailer.n_bytes - res.i_state;
+    memcpy(res.hash, trailer.hash, sizeof(res.hash));
+    return res;
+}
+
+llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version, const llama_rwkv_ms_file_check & check) {
+    const std::string name = "'" + path + "'";
+
+    uint64_t    size = 0;
+    std::string err;
+    const auto  file = llama_rwkv_ms_fs_open(path, size, err);
+    if (!file) {
+        llama_rwkv_ms_state_fail("state-unreadable", "%s %s", name.c_str(), err.c_str());
+    }
+
+    const auto read_at = [&](size_t at, void * dst, size_t n) {
+        if (llama_rwkv_ms_fs_read(file.get(), at, dst, n)) {
+            return;
+        }
+        if (ferror(file.get())) {
+            llama_rwkv_ms_state_fail("state-unreadable", "%s cannot be read: %s", name.c_str(), strerror(errno));
+        }
+        llama_rwkv_ms_state_fail("state-truncated", "%s became shorter while it was read", name.c_str());
+    };
+    const auto frame = rwkv_ms_frame_read(name.c_str(), size, magic, version, read_at);
+
+    if (size > RWKV_MS_LARGE_FILE) {
+        std::vector<uint8_t> begin(std::min(frame.n_state, RWKV_MS_FILE_PEEK));
+        read_at(frame.i_state, begin.data(), begin.size());
+        check(begin.data(), begin.size(), frame.n_state, frame.n_tokens);
+    }
+
+    std::vector<uint8_t> data(size);
+    read_at(0, data.data(), data.size());
+    return llama_rwkv_ms_file_parse(std::move(data), name, magic, version);
+}
+
+llama_rwkv_ms_file llama_rwkv_ms_file_parse(std::vector<uint8_t> data, const std::string & name, uint32_t magic, uint32_t version) {
+    const auto frame = rwkv_ms_frame_read(name.c_str(), data.size(), magic, version, [&](size_t at, void * dst, size_t n) {
+        std::copy_n(data.begin() + at, n, (uint8_t *) dst);
+    });
+
+    const auto digest = llama_rwkv_ms_sha256::hash(data.data(), frame.i_state + frame.n_state);
+    if (memcmp(digest.data(), frame.hash, sizeof(frame.hash)) != 0) {
+        llama_rwkv_ms_state_fail("state-checksum", "%s does not have its checksum: the file is damaged", name.c_str());
+    }
+
+    llama_rwkv_ms_file res;
+
+    res.i_state = frame.i_state;
+    res.n_state = frame.n_state;
+    res.tokens.resize(frame.n_tokens);
+    memcpy(res.tokens.data(), data.data() + sizeof(rwkv_ms_head), frame.n_tokens * sizeof(llama_token));
+    res.data = std::move(data);
     return res;
 }

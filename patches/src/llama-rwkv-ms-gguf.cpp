@@ -44,11 +44,7 @@ std::string llama_rwkv_ms_quote(std::string_view text) {
     return res + (text.size() > n_max ? "...'" : "'");
 }
 
-//
-// reading
-//
-
-static bool rwkv_ms_is_utf8(std::string_view text) {
+bool llama_rwkv_ms_is_utf8(std::string_view text) {
     for (size_t i = 0; i < text.size();) {
         const uint8_t  c   = text[i];
         const size_t   n   = c < 0x80 ? 1 : c >> 5 == 0x06 ? 2
@@ -77,6 +73,10 @@ static bool rwkv_ms_is_utf8(std::string_view text) {
     return true;
 }
 
+//
+// reading
+//
+
 struct rwkv_ms_cursor {
     const uint8_t * data;
     const size_t    size;
@@ -101,7 +101,7 @@ struct rwkv_ms_cursor {
 
     std::string_view str() {
         const std::string_view res = bytes(num<uint64_t>());
-        if (!rwkv_ms_is_utf8(res)) {
+        if (!llama_rwkv_ms_is_utf8(res)) {
             llama_rwkv_ms_fail("not-utf8", "%s has a text that is not UTF-8: %s", what.c_str(), llama_rwkv_ms_quote(res).c_str());
         }
         return res;

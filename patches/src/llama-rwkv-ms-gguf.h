@@ -18,6 +18,8 @@
 // untrusted text for a message: printable, short, in quotes
 std::string llama_rwkv_ms_quote(std::string_view text);
 
+bool llama_rwkv_ms_is_utf8(std::string_view text);
+
 // keys and tensors in file order, all of it in the bytes that were read
 struct llama_rwkv_ms_gguf {
     struct kv {

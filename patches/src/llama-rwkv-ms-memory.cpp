@@ -114,7 +114,8 @@ llama_memory_context_ptr llama_memory_rwkv_ms::init_batch(llama_batch_allocr & b
 
 llama_memory_context_ptr llama_memory_rwkv_ms::init_update(llama_context * lctx, bool optimize) {
     if (!pending.empty()) {
-        llama_synchronize(lctx);
+        // not llama_synchronize: it books tokens that are not computed yet
+        ggml_backend_sched_synchronize(lctx->get_sched());
         flush();
     }
 
@@ -246,6 +247,13 @@ void llama_memory_rwkv_ms::rewind(llama_seq_id seq_id) {
     pending.push_back({ -1, seq_id, seqs[seq_id].origin });
 }
 
+void llama_memory_rwkv_ms::start(llama_seq_id seq_id, const std::vector<float> & origin) {
+    seq_rm(seq_id, -1, -1);
+
+    seqs[seq_id].origin = origin;
+    rewind(seq_id);
+}
+
 bool llama_memory_rwkv_ms::has_scale() const {
     return std::any_of(seqs.begin(), seqs.end(), [](const seq_info & seq) { return seq.params.scale != 1.0f; });
 }
@@ -355,7 +363,9 @@ void llama_memory_rwkv_ms::state_write(llama_io_write_i & io, llama_seq_id seq_i
     }
 
     // the memory comes first, so that a state that does not fit is refused before the KV cache is touched
-    const auto block = llama_rwkv_ms_block_write(weights, kind, cells, origins, count.n_bytes());
+    const auto setting = seq_id < 0 || kind == LLAMA_RWKV_MS_BLOCK_MEMORY ? llama_rwkv_ms_setting() : llama_rwkv_ms_setting{ seqs[seq_id].params.scale, seqs[seq_id].params.frozen, seqs[seq_id].params.tag };
+
+    const auto block = llama_rwkv_ms_block_write(weights, kind, cells, origins, setting, count.n_bytes());
 
     io.write(block.data(), block.size());
 
@@ -411,6 +421,11 @@ void llama_memory_rwkv_ms::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         const auto cell = cells.begin() + (s - s0) * n;
 
         set_cell(s, { cell, cell + n });
+
+        if (kind == LLAMA_RWKV_MS_BLOCK_SEQ) {
+            const auto setting = llama_rwkv_ms_block_setting(header);
+            seqs[s].params     = { setting.frozen != 0, setting.scale, setting.tag };
+        }
 
         seqs[s].origin.clear();
         if (kind == LLAMA_RWKV_MS_BLOCK_MEMORY) {
@@ -468,6 +483,41 @@ bool llama_rwkv_ms_set_state(llama_context * ctx, llama_seq_id seq_id, uint32_t 
     return true;
 }
 
+bool llama_rwkv_ms_seq_get_values(llama_context * ctx, llama_seq_id seq_id, float * values) {
+    const auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+    if (!mem) {
+        return false;
+    }
+
+    llama_synchronize(ctx);
+
+    const auto cell = mem->get_cell(seq_id);
+    std::copy(cell.begin(), cell.end(), values);
+    return true;
+}
+
+bool llama_rwkv_ms_seq_get_origin(llama_context * ctx, llama_seq_id seq_id, float * values) {
+    const auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+    if (!mem || mem->get_origin(seq_id).empty()) {
+        return false;
+    }
+
+    if (values) {
+        std::copy(mem->get_origin(seq_id).begin(), mem->get_origin(seq_id).end(), values);
+    }
+    return true;
+}
+
+bool llama_rwkv_ms_seq_start(llama_context * ctx, llama_seq_id seq_id, const float * values) {
+    auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+    if (!mem || (values && !llama_rwkv_ms_cell_check(mem->get_weights(), values).empty())) {
+        return false;
+    }
+
+    mem->start(seq_id, values ? std::vector<float>(values, values + llama_model_rwkv_ms_n_values(llama_get_model(ctx))) : std::vector<float>());
+    return true;
+}
+
 bool llama_rwkv_ms_seq_reset(llama_context * ctx, llama_seq_id seq_id) {
     auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
     if (!mem) {
@@ -481,24 +531,12 @@ bool llama_rwkv_ms_seq_reset(llama_context * ctx, llama_seq_id seq_id) {
     return true;
 }
 
-bool llama_rwkv_ms_seq_rm_text(llama_context * ctx, llama_seq_id seq_id) {
-    auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
-
-    return mem && mem->llama_kv_cache_iswa::seq_rm(seq_id, -1, -1);
-}
-
-bool llama_rwkv_ms_seq_has_origin(llama_context * ctx, llama_seq_id seq_id) {
-    const auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
-
-    return mem && !mem->get_origin(seq_id).empty();
-}
-
 bool llama_rwkv_ms_seq_set(llama_context * ctx, llama_seq_id seq_id, bool frozen, float scale) {
     auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
     if (!mem || !std::isfinite(scale)) {
         return false;
     }
-    mem->set_seq_params(seq_id, { frozen, scale });
+    mem->set_seq_params(seq_id, { frozen, scale, mem->get_seq_params(seq_id).tag });
     return true;
 }
 
@@ -510,4 +548,20 @@ bool llama_rwkv_ms_seq_get(llama_context * ctx, llama_seq_id seq_id, bool * froz
     *frozen = mem->get_seq_params(seq_id).frozen;
     *scale  = mem->get_seq_params(seq_id).scale;
     return true;
+}
+
+bool llama_rwkv_ms_seq_set_tag(llama_context * ctx, llama_seq_id seq_id, uint64_t tag) {
+    auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+    if (!mem) {
+        return false;
+    }
+    const auto & params = mem->get_seq_params(seq_id);
+    mem->set_seq_params(seq_id, { params.frozen, params.scale, tag });
+    return true;
+}
+
+uint64_t llama_rwkv_ms_seq_get_tag(llama_context * ctx, llama_seq_id seq_id) {
+    const auto * mem = llama_rwkv_ms_get_memory(ctx, seq_id, 0);
+
+    return mem ? mem->get_seq_params(seq_id).tag : 0;
 }

@@ -75,10 +75,15 @@ public:
     const std::vector<float> & get_origin(uint32_t cell) const { return seqs[cell].origin; }
     void                       set_origin(uint32_t cell, const std::vector<float> & data) { seqs[cell].origin = data; }
 
-    // frozen: reads, writes nothing; scale: factor of the deltas. Both stay until they are changed.
+    // removes the text of the sequence, which starts with this memory
+    void start(llama_seq_id seq_id, const std::vector<float> & origin);
+
+    // frozen: reads, writes nothing; scale: factor of the deltas; tag: what else the text depends on, for the caller.
+    // They stay until they are changed.
     struct seq_params {
-        bool  frozen = false;
-        float scale  = 1.0f;
+        bool     frozen = false;
+        float    scale  = 1.0f;
+        uint64_t tag    = 0;
     };
 
     const seq_params & get_seq_params(llama_seq_id seq_id) const { return seqs[seq_id].params; }

@@ -59,11 +59,6 @@ void llama_rwkv_ms_sidecar_check_model(const llama_rwkv_ms_sidecar & sidecar, co
         if (model.arch != LLM_ARCH_GEMMA4) {
             llama_rwkv_ms_fail("base-architecture", "the base has architecture '%s', only 'gemma4' is supported", llm_arch_name(model.arch));
         }
-        const auto it = model.gguf_kv.find("split.count");
-        if (it != model.gguf_kv.end() && it->second != "0" && it->second != "1") {
-            llama_rwkv_ms_fail("base-split", "the base is split into %s files, but a sidecar is bound to one: merge them with llama-gguf-split --merge",
-                    it->second.c_str());
-        }
         if ((int64_t) model.hparams.n_embd != sidecar.n_embd) {
             llama_rwkv_ms_fail("base-shape", "the base has hidden size %u, the sidecar is for %lld", model.hparams.n_embd, (long long) sidecar.n_embd);
         }

@@ -1,14 +1,15 @@
 #include "llama-rwkv-ms-sidecar.h"
 
 #include "llama-rwkv-ms-config.h"
+#include "llama-rwkv-ms-fs.h"
 #include "llama-rwkv-ms-sha256.h"
 
 #include "ggml.h"
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <stdexcept>
 
 static const size_t RWKV_MS_MAX_FILE = 1u << 30; // bytes
@@ -17,16 +18,11 @@ static const size_t RWKV_MS_MAX_FILE = 1u << 30; // bytes
 // files
 //
 
-struct rwkv_ms_file_deleter {
-    void operator()(FILE * file) { fclose(file); }
-};
-
-typedef std::unique_ptr<FILE, rwkv_ms_file_deleter> rwkv_ms_file_ptr;
-
-static rwkv_ms_file_ptr rwkv_ms_file_open(const std::string & path) {
-    rwkv_ms_file_ptr file(ggml_fopen(path.c_str(), "rb"));
+static llama_rwkv_ms_fs_ptr rwkv_ms_file_open(const std::string & path, uint64_t & size) {
+    std::string err;
+    auto        file = llama_rwkv_ms_fs_open(path, size, err);
     if (!file) {
-        llama_rwkv_ms_fail("unreadable", "cannot be opened: %s", strerror(errno));
+        llama_rwkv_ms_fail("unreadable", "%s", err.c_str());
     }
     return file;
 }
@@ -58,14 +54,11 @@ static void rwkv_ms_file_check_size(uint64_t size) {
 // the whole file at once: what is hashed is then what is parsed
 static std::vector<uint8_t> rwkv_ms_file_load(const std::string & path) {
     std::vector<uint8_t> res;
-    const auto           file = rwkv_ms_file_open(path);
+    uint64_t             size = 0;
+    const auto           file = rwkv_ms_file_open(path, size);
 
-    std::error_code ec; // of what has no size, a pipe: it is read as far as it goes
-    const uint64_t  size = std::filesystem::file_size(std::filesystem::u8path(path), ec);
-    if (!ec) {
-        rwkv_ms_file_check_size(size);
-        res.reserve(size);
-    }
+    rwkv_ms_file_check_size(size);
+    res.reserve(size);
     rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t n) {
         rwkv_ms_file_check_size(res.size() + n);
         res.insert(res.end(), data, data + n);
@@ -121,15 +114,39 @@ llama_rwkv_ms_sidecar::~llama_rwkv_ms_sidecar() {
     }
 }
 
+static std::string rwkv_ms_base_postfix(int i, int count) {
+    char res[64];
+    snprintf(res, sizeof(res), "-%05d-of-%05d.gguf", i, count);
+    return res;
+}
+
+// The files of a base: one, or all from NAME-00001-of-0000N.gguf on, which are hashed one after the other.
+static std::vector<std::string> rwkv_ms_base_parts(const std::string & path) {
+    const size_t      of    = path.rfind("-of-");
+    const int         count = of == std::string::npos ? 0 : std::atoi(path.c_str() + of + 4);
+    const std::string first = rwkv_ms_base_postfix(1, count);
+    if (count < 2 || path.size() <= first.size() || path.compare(path.size() - first.size(), std::string::npos, first) != 0) {
+        return { path };
+    }
+    std::vector<std::string> res;
+    for (int i = 1; i <= count; ++i) {
+        res.push_back(path.substr(0, path.size() - first.size()) + rwkv_ms_base_postfix(i, count));
+    }
+    return res;
+}
+
 void llama_rwkv_ms_sidecar::base_hash_start(const char * path) {
     path_base = path;
     base_hash = std::async(std::launch::async, [this]() {
         llama_rwkv_ms_sha256 sha;
-        const auto           file = rwkv_ms_file_open(path_base);
-        rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t size) {
-            sha.update(data, size);
-            return !base_hash_cancel;
-        });
+        for (const std::string & part : rwkv_ms_base_parts(path_base)) {
+            uint64_t   size = 0;
+            const auto file = rwkv_ms_file_open(part, size);
+            rwkv_ms_file_read(file.get(), [&](const uint8_t * data, size_t n) {
+                sha.update(data, n);
+                return !base_hash_cancel;
+            });
+        }
         return llama_rwkv_ms_sha256::hex(sha.final());
     }).share();
 }

@@ -2,11 +2,13 @@
 
 #include "llama-context.h"
 #include "llama-model.h"
+#include "llama-rwkv-ms-sha256.h"
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 
 static thread_local std::string rwkv_ms_state_error;
@@ -83,11 +85,68 @@ size_t llama_rwkv_ms_state_save(
         llama_rwkv_ms_state_fail("state-unwritable", "there is no state to save in '%s': see the log", path);
     }
 
+    // a file that could not be loaded again must not take the place of one that can
+    llama_rwkv_ms_state_check(ctx, state.data(), state.size(), seq_id, flags);
+
     if (seq_id < 0) {
         return llama_rwkv_ms_file_write(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION, tokens, n_tokens, state);
     }
     state.erase(state.begin(), state.begin() + RWKV_MS_SEQ_PREFIX);
     return llama_rwkv_ms_file_write(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, tokens, n_tokens, state);
+}
+
+//
+// of a large file, before its body is read: what it is refused for whatever that holds
+//
+
+static void rwkv_ms_check_begin(
+        const llama_rwkv_ms & weights,
+        uint32_t              kind,
+        uint32_t              n_cells,
+        const uint8_t *       begin,
+        size_t                n_begin,
+        size_t                n_state,
+        size_t                n_tokens,
+        size_t                n_max_kv) {
+    size_t i_block = 0;
+    if (kind == LLAMA_RWKV_MS_BLOCK_CONTEXT) {
+        uint32_t n_arch = 0;
+        memcpy(&n_arch, begin, std::min(n_begin, sizeof(n_arch)));
+        i_block = std::min(n_begin, sizeof(n_arch) + (size_t) n_arch);
+    }
+
+    llama_rwkv_ms_block_header header = {};
+    memcpy(&header, begin + i_block, std::min(n_begin - i_block, sizeof(header)));
+
+    const size_t n_before = i_block + sizeof(header);
+    llama_rwkv_ms_block_check_head(weights, header, n_state > n_before ? n_state - n_before : 0, kind, n_cells);
+
+    if (kind == LLAMA_RWKV_MS_BLOCK_MEMORY && n_tokens > 0) {
+        llama_rwkv_ms_state_fail("state-shape", "the state is a memory alone, and has %zu tokens", n_tokens);
+    }
+    if (header.n_bytes_kv > n_max_kv || n_tokens > n_max_kv) {
+        llama_rwkv_ms_state_fail("state-kv", "the state has %zu tokens and a KV cache of %llu bytes, which is more than this context has",
+                n_tokens, (unsigned long long) header.n_bytes_kv);
+    }
+}
+
+// more than a KV cache of this context has when it is saved: its buffers, and what is noted of each cell in both halves of it
+static size_t rwkv_ms_max_kv(const llama_context & ctx) {
+    const auto & cparams = ctx.get_cparams();
+
+    size_t res = (1u << 20) + 2 * (size_t) cparams.n_ctx * (16 + sizeof(llama_seq_id) * cparams.n_seq_max);
+    for (const auto & buf : ctx.get_memory()->memory_breakdown()) {
+        res += buf.second;
+    }
+    return res;
+}
+
+static llama_rwkv_ms_file rwkv_ms_file_read(const llama_context & ctx, const char * path, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    const auto check = [&](const uint8_t * begin, size_t n_begin, size_t n_state, size_t n_tokens) {
+        rwkv_ms_check_begin(*ctx.get_model().rwkv_ms, llama_rwkv_ms_block_kind_of(seq_id, flags), seq_id < 0 ? ctx.get_cparams().n_seq_max : 1, begin,
+                n_begin, n_state, n_tokens, rwkv_ms_max_kv(ctx));
+    };
+    return seq_id < 0 ? llama_rwkv_ms_file_read(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION, check) : llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, check);
 }
 
 size_t llama_rwkv_ms_state_load(
@@ -98,7 +157,7 @@ size_t llama_rwkv_ms_state_load(
         llama_token *         tokens_out,
         size_t                n_capacity,
         size_t *              n_tokens) {
-    auto file = seq_id < 0 ? llama_rwkv_ms_file_read(path, LLAMA_SESSION_MAGIC, LLAMA_SESSION_VERSION) : llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION);
+    auto file = rwkv_ms_file_read(ctx, path, seq_id, flags);
 
     if (n_tokens) {
         *n_tokens = file.tokens.size();
@@ -110,12 +169,25 @@ size_t llama_rwkv_ms_state_load(
         llama_rwkv_ms_state_fail("state-kv", "'%s' has %zu tokens, there is room for %zu", path, file.tokens.size(), n_capacity);
     }
 
-    // a sequence is refused for what it is
+    llama_rwkv_ms_state_set(ctx, file, seq_id, flags);
+
+    if (tokens_out) {
+        std::copy(file.tokens.begin(), file.tokens.end(), tokens_out);
+    }
+    return file.data.size();
+}
+
+// a sequence is refused for what it is
+static void rwkv_ms_file_check_tokens(const llama_rwkv_ms_file & file) {
     llama_rwkv_ms_block_header header = {};
     memcpy(&header, file.data.data() + file.i_state, std::min(file.n_state, sizeof(header)));
     if (header.kind == LLAMA_RWKV_MS_BLOCK_MEMORY && !file.tokens.empty()) {
-        llama_rwkv_ms_state_fail("state-shape", "'%s' is a memory alone, and has %zu tokens", path, file.tokens.size());
+        llama_rwkv_ms_state_fail("state-shape", "the state is a memory alone, and has %zu tokens", file.tokens.size());
     }
+}
+
+void llama_rwkv_ms_state_set(llama_context & ctx, llama_rwkv_ms_file & file, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    rwkv_ms_file_check_tokens(file);
 
     uint8_t * data = file.data.data() + file.i_state;
     size_t    size = file.n_state;
@@ -134,33 +206,129 @@ size_t llama_rwkv_ms_state_load(
     if (n == 0) {
         throw std::runtime_error(llama_rwkv_ms_state_error());
     }
-
-    if (tokens_out) {
-        std::copy(file.tokens.begin(), file.tokens.end(), tokens_out);
-    }
-    return file.data.size();
 }
 
 //
 // interface
 //
 
+// the value of a call that fails with a reason; def on failure
+template <typename T>
+static T rwkv_ms_try(const char * func, T def, const std::function<T()> & call) {
+    llama_rwkv_ms_state_error_clear();
+    try {
+        return call();
+    } catch (const std::exception & e) {
+        if (rwkv_ms_state_error.empty()) {
+            rwkv_ms_state_error = e.what();
+        }
+        LLAMA_LOG_ERROR("%s: %s\n", func, e.what());
+        return def;
+    }
+}
+
 size_t llama_rwkv_ms_state_save_file(llama_context * ctx, const char * path, llama_seq_id seq_id) {
     ctx->synchronize();
-    try {
+    return rwkv_ms_try<size_t>(__func__, 0, [&]() {
         return llama_rwkv_ms_state_save(*ctx, path, seq_id, LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY, nullptr, 0);
-    } catch (const std::exception & e) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
-        return 0;
-    }
+    });
 }
 
 size_t llama_rwkv_ms_state_load_file(llama_context * ctx, const char * path, llama_seq_id seq_id) {
     ctx->synchronize();
-    try {
+    return rwkv_ms_try<size_t>(__func__, 0, [&]() {
         return llama_rwkv_ms_state_load(*ctx, path, seq_id, LLAMA_STATE_SEQ_FLAGS_RWKV_MS_ONLY, nullptr, 0, nullptr);
-    } catch (const std::exception & e) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
-        return 0;
+    });
+}
+
+size_t llama_rwkv_ms_seq_load_file(
+        llama_context *            ctx,
+        const char *               path,
+        llama_seq_id               seq_id,
+        llama_rwkv_ms_check_tokens check,
+        void *                     user_data) {
+    ctx->synchronize();
+    return rwkv_ms_try<size_t>(__func__, 0, [&]() {
+        auto file = rwkv_ms_file_read(*ctx, path, seq_id, 0);
+        if (!check(file.tokens.data(), file.tokens.size(), user_data)) {
+            llama_rwkv_ms_state_fail("state-kv", "'%s' has tokens that this sequence cannot have", path);
+        }
+        llama_rwkv_ms_state_set(*ctx, file, seq_id, 0);
+        return file.data.size();
+    });
+}
+
+//
+// a memory by its values
+//
+
+void llama_rwkv_ms_hash(const void * data, size_t size, char * hex) {
+    snprintf(hex, 65, "%s", llama_rwkv_ms_sha256::hex(llama_rwkv_ms_sha256::hash(data, size)).c_str());
+}
+
+static std::vector<uint8_t> rwkv_ms_pack(const llama_model * model, const float * values) {
+    const std::vector<float> cells(values, values + llama_model_rwkv_ms_n_values(model));
+
+    const std::string what = llama_rwkv_ms_cell_check(*model->rwkv_ms, values);
+    if (!what.empty()) {
+        llama_rwkv_ms_state_fail("state-values", "%s", what.c_str());
     }
+    return llama_rwkv_ms_block_write(*model->rwkv_ms, LLAMA_RWKV_MS_BLOCK_MEMORY, cells, {}, {}, 0);
+}
+
+static size_t rwkv_ms_unpack(const llama_model * model, const llama_rwkv_ms_file & file, float * values) {
+    rwkv_ms_file_check_tokens(file);
+
+    const uint8_t * data = file.data.data() + file.i_state;
+    llama_rwkv_ms_block_check_data(*model->rwkv_ms, data, file.n_state, LLAMA_RWKV_MS_BLOCK_MEMORY, 1);
+    memcpy(values, data + sizeof(llama_rwkv_ms_block_header), llama_model_rwkv_ms_n_values(model) * sizeof(float));
+    return file.data.size();
+}
+
+size_t llama_model_rwkv_ms_n_values(const llama_model * model) {
+    return model->rwkv_ms ? model->rwkv_ms->layers.size() * ggml_rwkv_ms_n_cell(&model->rwkv_ms->params) : 0;
+}
+
+int64_t llama_model_rwkv_ms_get_state(const llama_model * model, const float * values, uint32_t i, float * S, float * prev) {
+    if (!model->rwkv_ms || i >= model->rwkv_ms->layers.size()) {
+        return -1;
+    }
+    const auto & params = model->rwkv_ms->params;
+    return ggml_rwkv_ms_cell_get(&params, values + i * ggml_rwkv_ms_n_cell(&params), S, prev);
+}
+
+bool llama_model_rwkv_ms_check(const llama_model * model, const float * values) {
+    return model->rwkv_ms && llama_rwkv_ms_cell_check(*model->rwkv_ms, values).empty();
+}
+
+size_t llama_model_rwkv_ms_write(const llama_model * model, const float * values, uint8_t * data, size_t size) {
+    return rwkv_ms_try<size_t>(__func__, 0, [&]() {
+        const auto bytes = llama_rwkv_ms_file_pack(LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, nullptr, 0, rwkv_ms_pack(model, values));
+        if (data) {
+            GGML_ASSERT(size >= bytes.size());
+            memcpy(data, bytes.data(), bytes.size());
+        }
+        return bytes.size();
+    });
+}
+
+bool llama_model_rwkv_ms_read(const llama_model * model, const uint8_t * data, size_t size, float * values) {
+    return rwkv_ms_try<size_t>(__func__, 0, [&]() {
+        return rwkv_ms_unpack(model, llama_rwkv_ms_file_parse({ data, data + size }, "the memory", LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION), values);
+    }) > 0;
+}
+
+size_t llama_model_rwkv_ms_save_file(const llama_model * model, const float * values, const char * path) {
+    return rwkv_ms_try<size_t>(__func__, 0, [&]() {
+        return llama_rwkv_ms_file_write(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, nullptr, 0, rwkv_ms_pack(model, values));
+    });
+}
+
+size_t llama_model_rwkv_ms_load_file(const llama_model * model, const char * path, float * values) {
+    return rwkv_ms_try<size_t>(__func__, 0, [&]() {
+        const auto check = [&](const uint8_t * begin, size_t n_begin, size_t n_state, size_t n_tokens) {
+            rwkv_ms_check_begin(*model->rwkv_ms, LLAMA_RWKV_MS_BLOCK_MEMORY, 1, begin, n_begin, n_state, n_tokens, 0);
+        };
+        return rwkv_ms_unpack(model, llama_rwkv_ms_file_read(path, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION, check), values);
+    });
 }

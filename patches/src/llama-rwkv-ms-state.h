@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,14 @@ uint32_t llama_rwkv_ms_block_kind_of(llama_seq_id seq_id, llama_state_seq_flags 
 enum llama_rwkv_ms_block_flags {
     LLAMA_RWKV_MS_BLOCK_DERIVED = 1, // made from other states by a tool
     LLAMA_RWKV_MS_BLOCK_ORIGIN  = 2, // the cells are followed by those that the sequences started with
+    LLAMA_RWKV_MS_BLOCK_SETTING = 4, // the note is the setting of the sequence, which is not the default
+};
+
+// what the text of a sequence was computed under, see llama_memory_rwkv_ms::seq_params
+struct llama_rwkv_ms_setting {
+    float    scale  = 1.0f;
+    uint32_t frozen = 0;
+    uint64_t tag    = 0;
 };
 
 struct llama_rwkv_ms_block_header {
@@ -62,17 +71,23 @@ LLAMA_ATTRIBUTE_FORMAT(2, 3)
 
 // header and cells; origins has as many cells as cells, or none
 std::vector<uint8_t> llama_rwkv_ms_block_write(
-        const llama_rwkv_ms &      weights,
-        uint32_t                   kind,
-        const std::vector<float> & cells,
-        const std::vector<float> & origins,
-        uint64_t                   n_bytes_kv);
+        const llama_rwkv_ms &         weights,
+        uint32_t                      kind,
+        const std::vector<float> &    cells,
+        const std::vector<float> &    origins,
+        const llama_rwkv_ms_setting & setting,
+        uint64_t                      n_bytes_kv);
+
+llama_rwkv_ms_setting llama_rwkv_ms_block_setting(const llama_rwkv_ms_block_header & header);
 
 // how many cells follow this header in all, once it is known to be one of this model
 uint64_t llama_rwkv_ms_block_n_cells(const llama_rwkv_ms_block_header & header);
 
 // fails unless the header is one of the given kind for this model and n_cells sequences
 void llama_rwkv_ms_block_check(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint32_t kind, uint32_t n_cells);
+
+// fails unless n_rest bytes follow this header, as it says; then of the same things as the one above
+void llama_rwkv_ms_block_check_head(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells);
 
 // fails unless header and cells have the checksum, and the cells can be ones
 void llama_rwkv_ms_block_check_cells(const llama_rwkv_ms & weights, const llama_rwkv_ms_block_header & header, const std::vector<float> & cells);
@@ -111,8 +126,16 @@ struct llama_rwkv_ms_file {
     size_t n_state = 0; // bytes of it, without the trailer
 };
 
+// (begin, n_begin): the first of n_state bytes
+using llama_rwkv_ms_file_check = std::function<void(const uint8_t * begin, size_t n_begin, size_t n_state, size_t n_tokens)>;
+
 // Reads and checks all that is around the state: fails if it is no such file, cut, or changed.
-llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version);
+// check: of a large file, before its body is read: fails if the state is refused whatever that holds
+llama_rwkv_ms_file llama_rwkv_ms_file_read(const std::string & path, uint32_t magic, uint32_t version, const llama_rwkv_ms_file_check & check);
+
+// the same with the bytes in RAM; name is for messages
+llama_rwkv_ms_file   llama_rwkv_ms_file_parse(std::vector<uint8_t> data, const std::string & name, uint32_t magic, uint32_t version);
+std::vector<uint8_t> llama_rwkv_ms_file_pack(uint32_t magic, uint32_t version, const llama_token * tokens, size_t n_tokens, const std::vector<uint8_t> & state);
 
 // A file of a sequence, or of the whole context with seq_id -1. They fail with nothing changed, or return its bytes.
 // Without tokens_out only the number of tokens is read.
@@ -132,3 +155,6 @@ size_t llama_rwkv_ms_state_load(
         llama_token *         tokens_out,
         size_t                n_capacity,
         size_t *              n_tokens);
+
+// a file that was read: its state, into a sequence or the whole context
+void llama_rwkv_ms_state_set(llama_context & ctx, llama_rwkv_ms_file & file, llama_seq_id seq_id, llama_state_seq_flags flags);

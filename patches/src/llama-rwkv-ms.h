@@ -27,6 +27,9 @@ LLAMA_API const char * llama_rwkv_ms_mode_name(enum llama_rwkv_ms_mode mode);
 // identity of this build: <upstream commit>+<hash of the patch set>
 LLAMA_API const char * llama_rwkv_ms_build_id(void);
 
+// SHA-256 in hex: 64 digits and NUL
+LLAMA_API void llama_rwkv_ms_hash(const void * data, size_t size, char * hex);
+
 // Errors: functions that can fail take a buffer for one line of text (always NUL-terminated, cut to n_err) that names
 // the file, key or tensor at fault. err may be NULL.
 
@@ -119,16 +122,56 @@ LLAMA_API void         llama_rwkv_ms_state_error_clear(void);
 // empties the memory of a sequence, its text stays
 LLAMA_API bool llama_rwkv_ms_seq_reset(struct llama_context * ctx, llama_seq_id seq_id);
 
-// removes the text of a sequence, its memory stays as it is
-LLAMA_API bool llama_rwkv_ms_seq_rm_text(struct llama_context * ctx, llama_seq_id seq_id);
+// Removes the text of a sequence, which starts with this memory (llama_model_rwkv_ms_n_values floats, NULL: an empty one).
+// false if the values cannot be a memory, with nothing changed.
+LLAMA_API bool llama_rwkv_ms_seq_start(struct llama_context * ctx, llama_seq_id seq_id, const float * values);
 
-// does the sequence start with a loaded memory
-LLAMA_API bool llama_rwkv_ms_seq_has_origin(struct llama_context * ctx, llama_seq_id seq_id);
+// The memory of a sequence. Synchronizes the context.
+LLAMA_API bool llama_rwkv_ms_seq_get_values(struct llama_context * ctx, llama_seq_id seq_id, float * values);
+
+// The memory that it started with: false if that is an empty one. values may be NULL.
+LLAMA_API bool llama_rwkv_ms_seq_get_origin(struct llama_context * ctx, llama_seq_id seq_id, float * values);
 
 // frozen: the sequence reads its memory and writes nothing; scale: factor of its deltas, 0 is the base, 1 the default.
 // For the batches that follow, until it is changed.
 LLAMA_API bool llama_rwkv_ms_seq_set(struct llama_context * ctx, llama_seq_id seq_id, bool frozen, float scale);
 LLAMA_API bool llama_rwkv_ms_seq_get(struct llama_context * ctx, llama_seq_id seq_id, bool * frozen, float * scale);
+
+// What else the text of a sequence was computed under, for the caller: a saved sequence remembers it with frozen and scale.
+LLAMA_API bool     llama_rwkv_ms_seq_set_tag(struct llama_context * ctx, llama_seq_id seq_id, uint64_t tag);
+LLAMA_API uint64_t llama_rwkv_ms_seq_get_tag(struct llama_context * ctx, llama_seq_id seq_id);
+
+//
+// A memory by its values, apart from any sequence: n_values floats, the cells of a memory-only state in its order.
+// What can be called from any thread: only the model is read.
+//
+
+LLAMA_API size_t llama_model_rwkv_ms_n_values(const struct llama_model * model); // 0 without a memory
+
+// the part of target layer i as llama_rwkv_ms_get_state gives it, or -1
+LLAMA_API int64_t llama_model_rwkv_ms_get_state(const struct llama_model * model, const float * values, uint32_t i, float * S, float * prev);
+
+// finite, and counters in range
+LLAMA_API bool llama_model_rwkv_ms_check(const struct llama_model * model, const float * values);
+
+// The bytes of a memory-only state file. Returns their number, 0 on failure with llama_rwkv_ms_state_error(); without data
+// only the number is returned. Writing refuses what llama_model_rwkv_ms_check does.
+LLAMA_API size_t llama_model_rwkv_ms_write(const struct llama_model * model, const float * values, uint8_t * data, size_t size);
+LLAMA_API bool   llama_model_rwkv_ms_read(const struct llama_model * model, const uint8_t * data, size_t size, float * values);
+
+// the same as a file; return its bytes, 0 on failure
+LLAMA_API size_t llama_model_rwkv_ms_save_file(const struct llama_model * model, const float * values, const char * path);
+LLAMA_API size_t llama_model_rwkv_ms_load_file(const struct llama_model * model, const char * path, float * values);
+
+// A sequence from a file, as llama_state_seq_load_file: before anything is changed, check is asked whether the tokens will do.
+typedef bool (*llama_rwkv_ms_check_tokens)(const llama_token * tokens, size_t n_tokens, void * user_data);
+
+LLAMA_API size_t llama_rwkv_ms_seq_load_file(
+        struct llama_context *     ctx,
+        const char *               path,
+        llama_seq_id               seq_id,
+        llama_rwkv_ms_check_tokens check,
+        void *                     user_data);
 
 // Runs one target layer on the CPU over host arrays, with the graph that the model runs: for tests and fixtures.
 // Tensors are given by their sidecar short names ("mem_v", "rwkv.x_r", "delta_q", ...) in torch layout, F32.

@@ -1,11 +1,32 @@
 #include "server-rwkv-ms.h"
 
-#include "llama-rwkv-ms.h"
 #include "log.h"
 
+#include "base64.hpp"
+
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <random>
+#include <sstream>
 #include <stdexcept>
+
+// a larger factor could make a state of finite values one that is not
+static const float RWKV_MS_SCALE_MAX = 16.0f;
+
+static std::atomic<uint64_t> rwkv_ms_counters[SERVER_RWKV_MS_COUNTER_COUNT];
+
+// of this process: a server that was started again is another one, on the same port too
+static const std::string & rwkv_ms_run() {
+    static const std::string run = []() {
+        std::random_device rng;
+        char               hex[17];
+        snprintf(hex, sizeof(hex), "%08x%08x", rng(), rng());
+        return std::string(hex);
+    }();
+    return run;
+}
 
 common_json server_rwkv_ms_props(const llama_model * model) {
     llama_rwkv_ms_info info;
@@ -30,40 +51,8 @@ common_json server_rwkv_ms_props(const llama_model * model) {
         { "semantics", info.semantics },
         { "mode", llama_rwkv_ms_mode_name(info.mode) },
         { "alpha", info.alpha },
-    };
-}
-
-common_json server_rwkv_ms_slot(llama_context * ctx, llama_seq_id seq_id) {
-    llama_rwkv_ms_info info;
-    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
-        return nullptr;
-    }
-
-    std::vector<float> S(info.n_head * info.n_state * info.rank * info.rank);
-
-    int64_t     n_tokens = 0;
-    common_json norms    = common_json::array();
-
-    for (uint32_t i = 0; i < info.n_layer; ++i) {
-        n_tokens = llama_rwkv_ms_get_state(ctx, seq_id, i, S.data(), nullptr);
-
-        double sum = 0.0;
-        for (const float x : S) {
-            sum += (double) x * x;
-        }
-        norms.push_back(std::sqrt(sum));
-    }
-
-    bool  frozen = false;
-    float scale  = 1.0f;
-    llama_rwkv_ms_seq_get(ctx, seq_id, &frozen, &scale);
-
-    return {
-        { "tokens_written", n_tokens },
-        { "current_state", n_tokens / info.n_chunk % info.n_state }, // the one that the next token is written to
-        { "norms", norms },
-        { "frozen", frozen },
-        { "scale", scale },
+        { "features", common_json::array({ "memory", "continues" }) },
+        { "run", rwkv_ms_run() },
     };
 }
 
@@ -94,139 +83,182 @@ void server_rwkv_ms_log(const llama_model * model, const common_params & params,
 }
 
 //
-// settings
+// memories
 //
 
-server_rwkv_ms_params server_rwkv_ms_params_parse(const common_json & data) {
-    server_rwkv_ms_params res;
-    if (data.is_null()) {
-        return res;
+server_rwkv_ms_memory_ptr server_rwkv_ms_memory_init(std::vector<float> values) {
+    if (std::all_of(values.begin(), values.end(), [](float x) { return x == 0.0f; })) {
+        return nullptr;
     }
-    if (!data.is_object()) {
-        throw std::invalid_argument("\"rwkv_ms\" must be an object with \"frozen\" and \"scale\"");
+
+    char hex[65];
+    llama_rwkv_ms_hash(values.data(), values.size() * sizeof(float), hex);
+
+    return std::make_shared<const server_rwkv_ms_memory>(server_rwkv_ms_memory{ std::move(values), hex });
+}
+
+// base64.hpp passes over what stands after the padding
+static bool rwkv_ms_is_base64(const std::string & text) {
+    static const char * const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+    const size_t n = std::min(text.find_first_not_of(digits), text.size());
+    return text.size() % 4 == 0 && text.size() - n <= 2 && text.find_first_not_of('=', n) == std::string::npos;
+}
+
+server_rwkv_ms_memory_ptr server_rwkv_ms_decode(const llama_model * model, const std::string & text) {
+    if (!rwkv_ms_is_base64(text) || text.empty()) {
+        throw std::invalid_argument("[state-format] \"memory\" is not the base64 of a memory-only state file");
     }
+    const std::string bytes = base64::decode(text, base64::alphabet::standard);
+
+    std::vector<float> values(llama_model_rwkv_ms_n_values(model));
+    if (!llama_model_rwkv_ms_read(model, (const uint8_t *) bytes.data(), bytes.size(), values.data())) {
+        throw std::invalid_argument(llama_rwkv_ms_state_error());
+    }
+    return server_rwkv_ms_memory_init(std::move(values));
+}
+
+std::string server_rwkv_ms_encode(const llama_model * model, const std::vector<float> & values) {
+    std::string bytes(llama_model_rwkv_ms_write(model, values.data(), nullptr, 0), '\0');
+    if (bytes.empty() || llama_model_rwkv_ms_write(model, values.data(), (uint8_t *) bytes.data(), bytes.size()) == 0) {
+        throw std::runtime_error(llama_rwkv_ms_state_error());
+    }
+    return base64::encode(bytes, base64::alphabet::standard);
+}
+
+//
+// requests
+//
+
+void server_rwkv_ms_parse_setting(const common_json & data, std::optional<bool> & frozen, std::optional<float> & scale) {
     for (const auto & item : data.items()) {
         const auto & value = item.value();
 
         if (item.key() == "frozen" && value.is_boolean()) {
-            res.frozen = value.get<bool>();
-        } else if (item.key() == "scale" && value.is_number() && std::isfinite(value.get<float>())) {
-            res.scale = value.get<float>();
+            frozen = value.get<bool>();
+        } else if (item.key() == "scale" && value.is_number() && std::fabs(value.get<double>()) <= RWKV_MS_SCALE_MAX) {
+            scale = value.get<float>();
         } else {
-            throw std::invalid_argument("\"rwkv_ms\": \"" + item.key() + "\" must be \"frozen\", true or false, or \"scale\", a number");
+            throw std::invalid_argument("\"rwkv_ms\": \"" + item.key().substr(0, 64) + "\" is not \"frozen\" (true or false) or \"scale\" (a number from -16 to 16)"
+                                                                                       ", nor, in a request, \"memory\" (base64 or null) or \"return_memory\" (true or false)");
         }
     }
-    return res;
 }
 
-bool server_rwkv_ms_params_apply(llama_context * ctx, llama_seq_id seq_id, const server_rwkv_ms_params & slot, const server_rwkv_ms_params & request) {
-    const bool  frozen = request.frozen.value_or(slot.frozen.value_or(false));
-    const float scale  = request.scale.value_or(slot.scale.value_or(1.0f));
-
-    bool  frozen_old = false;
-    float scale_old  = 1.0f;
-    if (!llama_rwkv_ms_seq_get(ctx, seq_id, &frozen_old, &scale_old)) {
-        return false;
-    }
-
-    llama_rwkv_ms_seq_set(ctx, seq_id, frozen, scale);
-
-    if (scale == scale_old) {
-        return false;
-    }
-    if (frozen) {
-        // what is read is the memory as it is
-        llama_rwkv_ms_seq_rm_text(ctx, seq_id);
-    } else {
-        // what is written is the whole text, once
-        llama_memory_seq_rm(llama_get_memory(ctx), seq_id, 0, -1);
-    }
-    return true;
-}
-
-//
-// states
-//
-
-std::string server_rwkv_ms_state_error(llama_seq_id seq_id, const char * def) {
-    const std::string what = llama_rwkv_ms_state_error();
-    if (what.empty()) {
+static bool rwkv_ms_take_bool(common_json & data, const char * name, bool def) {
+    if (!data.contains(name)) {
         return def;
     }
-    LOG_WRN("rwkv-ms: slot %d: rolled back, nothing is changed: %s\n", seq_id, what.c_str());
-    return what;
+    const auto value = data.at(name);
+    if (!value.is_boolean()) {
+        throw std::invalid_argument(std::string("\"rwkv_ms\": \"") + name + "\" must be true or false");
+    }
+    data.erase(name);
+    return value.get<bool>();
 }
 
-std::vector<llama_token> server_rwkv_ms_file_tokens(llama_context * ctx, llama_seq_id seq_id, const std::string & filepath) {
-    std::vector<llama_token> res;
-
-    size_t n = 0;
-    if (llama_state_seq_load_file(ctx, filepath.c_str(), seq_id, nullptr, 0, &n) == 0) {
-        throw std::runtime_error(server_rwkv_ms_state_error(seq_id, "the file cannot be read"));
+static void rwkv_ms_parse(const llama_model * model, common_json data, size_t n_texts, server_rwkv_ms_params & params) {
+    if (!data.is_object()) {
+        throw std::invalid_argument("\"rwkv_ms\" must be an object");
+    }
+    if (llama_model_rwkv_ms_n_values(model) == 0) {
+        throw std::invalid_argument("\"rwkv_ms\": this server has no memory: start it with --rwkv-ms-sidecar");
     }
 
-    FILE * file = ggml_fopen(filepath.c_str(), "rb");
-    if (file && fseek(file, 12, SEEK_SET) == 0) {
-        res.resize(n);
-        res.resize(fread(res.data(), sizeof(llama_token), n, file));
+    params.is_given      = true;
+    params.return_memory = rwkv_ms_take_bool(data, "return_memory", false);
+    if (params.return_memory && n_texts > 1) {
+        throw std::invalid_argument("\"rwkv_ms\": \"return_memory\" goes with one answer, this request is for several");
     }
-    if (file) {
-        fclose(file);
+
+    if (data.contains("memory")) {
+        const auto memory = data.at("memory");
+        if (!memory.is_null() && !memory.is_string()) {
+            throw std::invalid_argument("\"rwkv_ms\": \"memory\" must be base64 of a memory-only state file, or null");
+        }
+        data.erase("memory");
+
+        params.has_memory = true;
+        if (memory.is_string()) {
+            params.memory = server_rwkv_ms_decode(model, memory.get<std::string>());
+            server_rwkv_ms_count(SERVER_RWKV_MS_MEMORIES);
+        }
     }
-    return res;
+
+    server_rwkv_ms_parse_setting(data, params.frozen, params.scale);
 }
 
-common_json server_rwkv_ms_action(
-        llama_context *         ctx,
-        llama_seq_id            seq_id,
-        const std::string &     action,
-        const std::string &     filename,
-        const std::string &     filepath,
-        const common_json &     data,
-        server_rwkv_ms_params & slot,
-        bool *                  rm_text) {
-    llama_rwkv_ms_info info;
-    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
-        throw std::runtime_error("this server has no memory: start it with --rwkv-ms-sidecar");
+int server_rwkv_ms_parse_slot(const common_json & value, int n_slots) {
+    const bool is_int = value.is_number_integer();
+    if (!is_int || value.get<double>() < 0 || value.get<double>() >= n_slots) {
+        throw std::invalid_argument("slot " + (is_int ? value.dump_safe() : "number") + ": this server has " + std::to_string(n_slots) + ", counted from 0");
     }
+    return value.get<int>();
+}
 
-    const int64_t t_start = ggml_time_us();
-
-    common_json res = { { "id_slot", seq_id } };
-
-    if (action == "memory-save" || action == "memory-restore") {
-        const bool is_save = action == "memory-save";
-
-        llama_rwkv_ms_state_error_clear();
-
-        const size_t n_bytes = is_save ? llama_rwkv_ms_state_save_file(ctx, filepath.c_str(), seq_id) : llama_rwkv_ms_state_load_file(ctx, filepath.c_str(), seq_id);
-        if (n_bytes == 0) {
-            throw std::runtime_error(server_rwkv_ms_state_error(seq_id, "the memory cannot be saved or restored: see the log"));
+int server_rwkv_ms_parse(const llama_model * model, const common_json & data, int n_slots, size_t n_texts, server_rwkv_ms_params & params) {
+    try {
+        if (data.contains("rwkv_ms") && !data.at("rwkv_ms").is_null()) {
+            rwkv_ms_parse(model, data.at("rwkv_ms"), n_texts, params);
         }
-
-        res["filename"]       = filename;
-        res["n_bytes"]        = n_bytes;
-        res["tokens_written"] = llama_rwkv_ms_get_state(ctx, seq_id, 0, nullptr, nullptr);
-        res["timings"]        = { { is_save ? "save_ms" : "restore_ms", (ggml_time_us() - t_start) / 1000.0 } };
-
-        *rm_text = !is_save;
-    } else if (action == "memory-reset") {
-        llama_rwkv_ms_seq_reset(ctx, seq_id);
-    } else if (action == "memory-set") {
-        const auto params = server_rwkv_ms_params_parse(data);
-
-        if (params.frozen) {
-            slot.frozen = params.frozen;
+        if (!data.contains("id_slot") || data.at("id_slot").is_null() || data.at("id_slot") == common_json_value(-1)) {
+            return -1;
         }
-        if (params.scale) {
-            slot.scale = params.scale;
-        }
-        *rm_text = server_rwkv_ms_params_apply(ctx, seq_id, slot, {});
-
-        res["frozen"] = slot.frozen.value_or(false);
-        res["scale"]  = slot.scale.value_or(1.0f);
-    } else {
-        throw std::runtime_error("unknown action '" + action + "': memory-save, memory-restore, memory-reset and memory-set are known");
+        return server_rwkv_ms_parse_slot(data.at("id_slot"), n_slots);
+    } catch (const std::exception &) {
+        server_rwkv_ms_count(SERVER_RWKV_MS_REFUSALS);
+        throw;
     }
-    return res;
+}
+
+void server_rwkv_ms_refuse(const common_json & data) {
+    if (data.is_object() && data.contains("rwkv_ms") && !data.at("rwkv_ms").is_null()) {
+        server_rwkv_ms_count(SERVER_RWKV_MS_REFUSALS);
+        throw std::invalid_argument("\"rwkv_ms\": this route reads no memory; leave it out");
+    }
+}
+
+void server_rwkv_ms_forward(const common_json & from, common_json & to) {
+    for (const char * name : { "rwkv_ms", "id_slot", "cache_prompt" }) {
+        if (from.contains(name)) {
+            to[name] = from.at(name);
+        }
+    }
+}
+
+common_json server_rwkv_ms_attach(common_json answer, const common_json & rwkv_ms) {
+    if (rwkv_ms.is_null()) {
+        return answer;
+    }
+    auto & last = answer.is_array() && !answer.empty() ? answer.back() : answer;
+    // events of Anthropic's and OpenAI's streams: the object is in their data
+    auto & object     = last.contains("data") && last.at("data").is_object() ? last["data"] : last;
+    object["rwkv_ms"] = rwkv_ms;
+    return answer;
+}
+
+//
+// counters
+//
+
+void server_rwkv_ms_count(server_rwkv_ms_counter counter, uint64_t n) {
+    rwkv_ms_counters[counter] += n;
+}
+
+std::string server_rwkv_ms_metrics() {
+    static const char * const names[SERVER_RWKV_MS_COUNTER_COUNT][2] = {
+        { "rwkv_ms_memories_total", "Memories that came with requests." },
+        { "rwkv_ms_restores_total", "Slots that were given a memory, or a text with one." },
+        { "rwkv_ms_saves_total", "Memories and texts of slots that were saved." },
+        { "rwkv_ms_tokens_written_total", "Tokens written to memories." },
+        { "rwkv_ms_refusals_total", "Requests and slot actions refused for what they say of a memory or a slot." },
+    };
+
+    std::stringstream res;
+    for (int i = 0; i < SERVER_RWKV_MS_COUNTER_COUNT; ++i) {
+        res << "# HELP llamacpp:" << names[i][0] << " " << names[i][1] << "\n"
+            << "# TYPE llamacpp:" << names[i][0] << " counter\n"
+            << "llamacpp:" << names[i][0] << " " << rwkv_ms_counters[i] << "\n";
+    }
+    return res.str();
 }

@@ -1,49 +1,102 @@
 #pragma once
 
-// What the server shows of the RWKV-MS memory and does with it, see llama-rwkv-ms.h.
+// Whose memory a request gets, as the request says it. See server-rwkv-ms-slots.h for what the server does with it.
+//
+// What a slot holds is f(origin, setting, text): the memory on which its text began, what it was computed under, its tokens.
+// The first two are the key of the tokens (server_tokens::key): tokens with other keys have no common prefix, and by that one
+// rule the choice of a slot, the prompt cache in RAM, checkpoints and the reuse of a slot's own text are right.
 
 #include "common.h"
 #include "json.h"
 
+#include "llama-rwkv-ms.h"
+
+#include <functional>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
+
+// a memory apart from any sequence, never an empty one: that is a null pointer
+struct server_rwkv_ms_memory {
+    std::vector<float> values;
+    std::string        sha256; // of the values
+};
+
+using server_rwkv_ms_memory_ptr = std::shared_ptr<const server_rwkv_ms_memory>;
+
+struct server_rwkv_ms_setting {
+    bool     frozen = false;
+    float    scale  = 1.0f;
+    uint64_t lora   = 0; // hash of the scales of the LoRA adapters
+};
+
+// "rwkv_ms" of a request
+struct server_rwkv_ms_params {
+    bool is_given = false;
+
+    std::optional<bool>  frozen;
+    std::optional<float> scale;
+
+    bool                      has_memory = false; // "memory" is there: the slot's own is not meant
+    server_rwkv_ms_memory_ptr memory;
+
+    bool return_memory = false;
+
+    // what the task runs on, once the server knows it
+    bool                      is_own = false; // the memory of the slot that the request names
+    server_rwkv_ms_memory_ptr origin;
+    server_rwkv_ms_setting    setting;
+};
 
 // for /props; null without a memory
 common_json server_rwkv_ms_props(const llama_model * model);
 
-// for /slots: the memory of one sequence. Waits for the context: only where no decode is running.
-common_json server_rwkv_ms_slot(llama_context * ctx, llama_seq_id seq_id);
-
 // one line in the log for each fact about the server that the memory depends on; none without a memory
 void server_rwkv_ms_log(const llama_model * model, const common_params & params, common_context_seq_rm_type seq_rm_type);
 
-// {"frozen": true, "scale": 0.5}, each optional: of a request, or the setting of a slot
-struct server_rwkv_ms_params {
-    std::optional<bool>  frozen;
-    std::optional<float> scale;
+// Reads "rwkv_ms" and "id_slot" (returned, -1: any) of a request for n_texts answers; throws std::invalid_argument.
+int server_rwkv_ms_parse(const llama_model * model, const common_json & data, int n_slots, size_t n_texts, server_rwkv_ms_params & params);
+
+// "frozen" and "scale" of an object whose other members are refused
+void server_rwkv_ms_parse_setting(const common_json & data, std::optional<bool> & frozen, std::optional<float> & scale);
+
+// a number of a slot; throws std::invalid_argument
+int server_rwkv_ms_parse_slot(const common_json & value, int n_slots);
+
+// throws std::invalid_argument: the route cannot do what the request asks for
+void server_rwkv_ms_refuse(const common_json & data);
+
+// what a conversion to another API left out
+void server_rwkv_ms_forward(const common_json & from, common_json & to);
+
+// base64 of a memory-only state file; throws std::invalid_argument with the reason. Null for an empty memory.
+server_rwkv_ms_memory_ptr server_rwkv_ms_decode(const llama_model * model, const std::string & base64);
+std::string               server_rwkv_ms_encode(const llama_model * model, const std::vector<float> & values);
+
+// null if all values are zero
+server_rwkv_ms_memory_ptr server_rwkv_ms_memory_init(std::vector<float> values);
+
+// adds what became of the memory to the last object of an answer
+common_json server_rwkv_ms_attach(common_json answer, const common_json & rwkv_ms);
+
+// Who asked for a slot action, while it waits for the slot: the main thread asks whether the client is still there.
+struct server_rwkv_ms_asker {
+    std::mutex            mutex;
+    std::function<bool()> is_gone; // empty once nobody waits any more
+    bool                  is_answered = false;
 };
 
-// throws std::invalid_argument; data may be null
-server_rwkv_ms_params server_rwkv_ms_params_parse(const common_json & data);
+// for /metrics
+enum server_rwkv_ms_counter {
+    SERVER_RWKV_MS_MEMORIES, // came with requests
+    SERVER_RWKV_MS_RESTORES, // slots that were given a memory, or a text with one
+    SERVER_RWKV_MS_SAVES,
+    SERVER_RWKV_MS_TOKENS, // written
+    SERVER_RWKV_MS_REFUSALS,
+    SERVER_RWKV_MS_COUNTER_COUNT,
+};
 
-// Gives the sequence the setting of the request, else of the slot, else the default. Returns whether the text of the
-// sequence was computed with other deltas: it is removed then, so that the request computes all of it.
-bool server_rwkv_ms_params_apply(llama_context * ctx, llama_seq_id seq_id, const server_rwkv_ms_params & slot, const server_rwkv_ms_params & request);
-
-// what POST /slots/{id}?action=memory-... does besides waiting for the slot; throws std::runtime_error with nothing changed.
-// Sets *rm_text if the slot has lost its text.
-common_json server_rwkv_ms_action(
-        llama_context *         ctx,
-        llama_seq_id            seq_id,
-        const std::string &     action,
-        const std::string &     filename,
-        const std::string &     filepath,
-        const common_json &     data,
-        server_rwkv_ms_params & slot,
-        bool *                  rm_text);
-
-// the tokens of a slot file, without loading its state; throws std::runtime_error with the exact reason
-std::vector<llama_token> server_rwkv_ms_file_tokens(llama_context * ctx, llama_seq_id seq_id, const std::string & filepath);
-
-// the reason why a state was not saved or loaded, for an HTTP answer and in the log; def if there is none
-std::string server_rwkv_ms_state_error(llama_seq_id seq_id, const char * def);
+void        server_rwkv_ms_count(server_rwkv_ms_counter counter, uint64_t n = 1);
+std::string server_rwkv_ms_metrics();

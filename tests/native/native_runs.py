@@ -28,6 +28,14 @@ def logits(base: Path, sidecar: Path | None, ids: np.ndarray, *, mode: str = "ba
         return context.decode(ids)
 
 
+def logits_in_steps(base: Path, sidecar: Path | None, ids: np.ndarray, n_first: int) -> np.ndarray:
+    """Logits of every id: the first ones in one batch, the others one at a time, as a server reads and answers."""
+    with Model.open(base, sidecar) as model, _context(model, len(ids), {}) as context:
+        out = [context.decode(ids[:n_first])]
+        out += [context.decode([token], pos) for pos, token in enumerate(ids[n_first:], n_first)]
+        return np.concatenate(out)
+
+
 def logits_and_states(base: Path, sidecar: Path, ids: np.ndarray, **options: Any) -> tuple[np.ndarray, list[State]]:
     """The same, and the memory after the last id."""
     with Model.open(base, sidecar) as model, _context(model, len(ids), options) as context:

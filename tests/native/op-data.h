@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <random>
 
 struct op_data {
@@ -163,4 +165,103 @@ static inline std::vector<std::pair<const char *, ggml_rwkv_ms_params>> op_shape
         { "rank 8, 7 states", with([](auto & p) { p.n_state = 7, p.n_chunk = 2; }) },
         { "rank 8, 1 state", with([](auto & p) { p.n_state = 1; }) },
     };
+}
+
+//
+// what overflows
+//
+
+struct op_overflow {
+    const char *                   name;
+    std::function<void(op_data &)> spoil; // cell 0, or its tokens
+    bool                           zeros; // all that is read of it is zeros
+    bool                           stays; // once it was written to, the state says so
+};
+
+static inline std::vector<op_overflow> op_overflows(const ggml_rwkv_ms_params & p, bool features) {
+    const auto matrices = [](float value) {
+        return [value](op_data & d) { std::fill_n(d.state.begin(), d.p.n_head * d.p.n_state * d.p.n_rank * d.p.n_rank, value); };
+    };
+    const auto prev = [](float value) {
+        return [value](op_data & d) { std::fill_n(d.state.begin() + ggml_rwkv_ms_n_cell(&d.p) - 2 - d.p.n_head * d.p.n_rank, d.p.n_head * d.p.n_rank, value); };
+    };
+    const auto inputs = [](float value) {
+        return [value](op_data & d) {
+            for (int64_t i = 0; i < (int64_t) d.x.size(); ++i) {
+                d.x[i] = d.ids[2 * (i / d.n_x())] == 0 ? value : d.x[i];
+            }
+        };
+    };
+    std::vector<op_overflow> res = {
+        { "a state of NaN", matrices(NAN), true, true },
+        { "an infinite state", matrices(INFINITY), true, true },
+        { "a state of 3.4e38", matrices(3.4e38f), !features, false },
+        { "inputs of NaN", inputs(NAN), true, true },
+        { "inputs of 3e38", inputs(3e38f), features || p.semantics == 1, false },
+    };
+    if (!features) {
+        res.push_back({ "prev of NaN", prev(NAN), true, true });
+        res.push_back({ "prev of 1e25", prev(1e25f), false, true });
+    }
+    return res;
+}
+
+// Of a cell that overflows: no output is anything but finite, those of other cells are what they are without it, and the state
+// keeps what it is. run: all tokens, the state in d is then the one after them.
+static inline void op_check_overflows(const ggml_rwkv_ms_params & p, bool features, int n_tokens, const char * name,
+        const std::function<std::vector<float>(op_data &)> & run) {
+    const int64_t D      = p.n_head * p.n_rank;
+    const int64_t i_out  = p.trace ? 12 * D : 0;
+    const int64_t n_cell = ggml_rwkv_ms_n_cell(&p);
+
+    const auto is_finite = [](float x) { return std::isfinite(x); };
+
+    for (const bool frozen : { false, true }) {
+        op_data data = op_data_make(p, features, 2, n_tokens, 11);
+
+        bool written = false;
+        for (int i = 0; i < n_tokens; ++i) {
+            int32_t * id = data.ids.data() + 2 * i;
+            if (id[0] == 0 && frozen) {
+                id[1] = GGML_RWKV_MS_MASK_FROZEN;
+            }
+            written = written || (id[0] == 0 && id[1] == GGML_RWKV_MS_MASK_LIVE);
+        }
+        op_data    clean = data;
+        const auto want  = run(clean);
+
+        for (const auto & overflow : op_overflows(p, features)) {
+            op_data spoilt = data;
+            overflow.spoil(spoilt);
+            const std::vector<float> before = spoilt.state;
+            const std::vector<float> got    = run(spoilt);
+
+            int n_zero  = 0;
+            int n_wrong = 0;
+            for (int i = 0; i < n_tokens; ++i) {
+                const float * row = got.data() + i * spoilt.n_dst();
+                const float * out = row + i_out;
+
+                n_wrong += !std::all_of(out, out + D, is_finite);
+                if (data.ids[2 * i] == 1) {
+                    n_wrong += memcmp(row, want.data() + i * spoilt.n_dst(), spoilt.n_dst() * sizeof(float)) != 0;
+                } else if (data.ids[2 * i + 1] != GGML_RWKV_MS_MASK_PADDING) {
+                    n_zero += std::all_of(out, out + D, [](float x) { return x == 0.0f; });
+                }
+            }
+            const auto cell = spoilt.state.begin();
+
+            n_wrong += memcmp(&cell[n_cell], &clean.state[n_cell], n_cell * sizeof(float)) != 0;
+            if (written) {
+                n_wrong += overflow.stays && std::all_of(cell, cell + n_cell, is_finite);
+            } else {
+                n_wrong += memcmp(&cell[0], before.data(), n_cell * sizeof(float)) != 0;
+            }
+            CHECK(n_wrong == 0);
+            CHECK(n_zero > 0 || !overflow.zeros);
+            if (n_wrong > 0 || (n_zero == 0 && overflow.zeros)) {
+                printf("  FAIL %s, %d tokens: %s%s: %d wrong, %d of zeros\n", name, n_tokens, overflow.name, frozen ? ", frozen" : "", n_wrong, n_zero);
+            }
+        }
+    }
 }

@@ -309,10 +309,27 @@ static void test_checks() {
     }
 }
 
+// what overflows stays in its cell, in one kernel and in three
+static void test_overflows() {
+    for (const auto & [name, p] : op_shapes()) {
+        if (p.n_head > 3 || p.n_rank > 8) {
+            continue; // lanes of no other kind, and many of them
+        }
+        for (const int n_tokens : { 7, 20 }) {
+            op_check_overflows(p, false, n_tokens, name, [&, n = n_tokens](op_data & d) {
+                std::vector<float> res;
+                CHECK(run_cuda(d, 0, n, res));
+                return res;
+            });
+        }
+    }
+}
+
 int main() {
     return run_tests({
             { "shapes", [] { test_shapes(); } },
             { "large weights", [] { test_large_weights(); } },
+            { "overflows", [] { test_overflows(); } },
             { "checks", [] { test_checks(); } },
     });
 }

@@ -43,16 +43,23 @@ int main() {
 
         printf("%s: %s\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev));
         n_gpu++;
-        res |= run_tests({ { "op", [&] {
+        res |= run_tests({ { "overflows", [&] {
                                 for (const auto & shape : op_shapes()) {
-                                    test_shape(cpu.get(), gpu.get(), shape.second, false, 1, 40, shape.first);
-                                    test_shape(cpu.get(), gpu.get(), shape.second, false, 5, 37, shape.first);
-                                    test_shape(cpu.get(), gpu.get(), shape.second, true, 3, 20, shape.first);
+                                    for (const int n_tokens : { 7, 40 }) {
+                                        op_check_overflows(shape.second, false, n_tokens, shape.first, [&](op_data & d) { return op_run(d, 0, n_tokens, gpu.get()); });
+                                    }
                                 }
-                                for (const int n_cells : { 2, 8, 64 }) {
-                                    test_shape(cpu.get(), gpu.get(), op_published(), false, n_cells, 512, "published");
-                                }
-                            } } });
+                            } },
+                { "op", [&] {
+                     for (const auto & shape : op_shapes()) {
+                         test_shape(cpu.get(), gpu.get(), shape.second, false, 1, 40, shape.first);
+                         test_shape(cpu.get(), gpu.get(), shape.second, false, 5, 37, shape.first);
+                         test_shape(cpu.get(), gpu.get(), shape.second, true, 3, 20, shape.first);
+                     }
+                     for (const int n_cells : { 2, 8, 64 }) {
+                         test_shape(cpu.get(), gpu.get(), op_published(), false, n_cells, 512, "published");
+                     }
+                 } } });
     }
     if (n_gpu == 0) {
         printf("SKIP: no GPU here\n");

@@ -1,7 +1,9 @@
-// The op and the graph around it against vectors of the NumPy oracle (tools/make_op_vectors.py), and many cells in one op.
+// The op and the graph around it against vectors of the NumPy oracle (tools/make_op_vectors.py), many cells in one op, and
+// states that overflow.
 //
 // usage: test-rwkv-ms-op [VECTORS.gguf]
 
+#include "op-data.h"
 #include "testing.h"
 
 #include "ggml-backend.h"
@@ -259,11 +261,26 @@ static void test_cells(int n_cells, int n_threads) {
     }
 }
 
+// what overflows stays in its cell
+static void test_overflows() {
+    ggml_backend_ptr backend{ ggml_backend_cpu_init() };
+
+    for (const int n_threads : { 1, 2 }) {
+        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
+        for (const auto & shape : op_shapes()) {
+            for (const bool features : { false, true }) {
+                op_check_overflows(shape.second, features, 40, shape.first, [&](op_data & d) { return op_run(d, 0, 40, backend.get()); });
+            }
+        }
+    }
+}
+
 int main(int argc, char ** argv) {
     const vectors v(argc > 1 ? argv[1] : LLAMAMEM_TEST_DATA "/op-vectors.gguf");
 
     return run_tests({
             { "vectors", [&] { test_vectors(v); } },
+            { "overflows", [] { test_overflows(); } },
             { "cells", [&] {
                  for (int n_cells : { 2, 3, 8, 64 }) {
                      for (int n_threads : { 1, 2, 4 }) {

@@ -79,10 +79,9 @@ int main() {
     expect("", "", [](sidecar_t &, model_t &) {});
     expect("", "", [](sidecar_t & s, model_t &) { s.head[1] = s.head[2] = true; });
     expect("", "", [](sidecar_t & s, model_t &) { s.layers[1] = { 2, true, { 64, 0, 0, 64 }, {} }; }); // no k and v of its own
-    expect("", "", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "1"; });
+    expect("", "", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "3"; }); // bound as a whole, by its launcher
 
     expect("base-architecture", "architecture 'llama'", [](sidecar_t &, model_t & m) { m.arch = LLM_ARCH_LLAMA; });
-    expect("base-split", "split into 3 files", [](sidecar_t &, model_t & m) { m.gguf_kv["split.count"] = "3"; });
     expect("base-shape", "hidden size 64", [](sidecar_t & s, model_t &) { s.n_embd = 128; });
     expect("base-shape", "target layer 3 is out of", [](sidecar_t & s, model_t &) { s.layers[1].il = 3; });
     expect("base-shape", "layer 0 is full attention", [](sidecar_t & s, model_t &) { s.layers[0].is_swa = false; });

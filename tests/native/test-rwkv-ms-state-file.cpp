@@ -208,6 +208,14 @@ static void test_refused(llama_model * model, llama_model * model_other, llama_m
             edit(N_HEADER, 0x7fc00000, "[state-values]"); // NaN
             edit(N_HEADER + 4 * (get<uint32_t>(good, block + 44) - 2), 0xbf800000, "[state-values]"); // counter -1
 
+            {
+                bytes bad = good; // a tool's note that is not UTF-8
+                bad[block + 120] |= 1;
+                bad[block + 192] = 0xff;
+                seal(bad);
+                try_it(bad, { "[state-shape]" }, "a provenance that is not UTF-8");
+            }
+
             // of another sidecar, of a base alone; and into a base
             {
                 live       other(model_other, unified);

@@ -88,6 +88,10 @@ static void test_checkpoint(llama_model * model) {
     CHECK(max_diff(want, got) < 2e-2);
 }
 
+static bool has_origin(llama_context * ctx, llama_seq_id seq_id) {
+    return llama_rwkv_ms_seq_get_origin(ctx, seq_id, nullptr);
+}
+
 // A memory alone: the text goes, the memory stays; what is returned to when text is removed, and what drops it.
 static void test_memory_only(llama_model * model) {
     ctx_ptr ctx = ctx_init(model, 2, true);
@@ -103,9 +107,9 @@ static void test_memory_only(llama_model * model) {
 
     // into another sequence that has text
     CHECK(decode(ctx.get(), text(1, 30, 2)) == 0);
-    CHECK(!llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(!has_origin(ctx.get(), 1));
     CHECK(llama_state_seq_set_data_ext(ctx.get(), data.data(), data.size(), 1, flags) == data.size());
-    CHECK(llama_memory_seq_pos_max(mem, 1) == -1 && llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(llama_memory_seq_pos_max(mem, 1) == -1 && has_origin(ctx.get(), 1));
     CHECK(max_diff(remembered, state(ctx.get(), 1)) == 0.0);
 
     // the server's first step with an empty sequence changes nothing
@@ -127,7 +131,7 @@ static void test_memory_only(llama_model * model) {
     CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 1) == seq.size());
     CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
     CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size(), 0) == seq.size());
-    CHECK(llama_rwkv_ms_seq_has_origin(ctx.get(), 0) && llama_memory_seq_pos_max(mem, 0) == 19);
+    CHECK(has_origin(ctx.get(), 0) && llama_memory_seq_pos_max(mem, 0) == 19);
     CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
     CHECK(max_diff(remembered, state(ctx.get(), 0)) == 0.0);
 
@@ -137,18 +141,16 @@ static void test_memory_only(llama_model * model) {
     CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
     CHECK(max_diff(remembered, state(ctx.get(), 0)) == 0.0);
 
-    // text alone removed, memory alone emptied
-    const auto now = state(ctx.get(), 1);
-    CHECK(llama_rwkv_ms_seq_rm_text(ctx.get(), 1));
-    CHECK(max_diff(now, state(ctx.get(), 1)) == 0.0 && llama_memory_seq_pos_max(mem, 1) == -1);
+    // memory alone emptied
     CHECK(llama_rwkv_ms_seq_reset(ctx.get(), 1));
-    CHECK(is_zero(state(ctx.get(), 1)) && !llama_rwkv_ms_seq_has_origin(ctx.get(), 1));
+    CHECK(is_zero(state(ctx.get(), 1)) && !has_origin(ctx.get(), 1) && llama_memory_seq_pos_max(mem, 1) == 19);
+    CHECK(llama_memory_seq_rm(mem, 1, -1, -1));
     CHECK(decode(ctx.get(), text(1, 20, 3), &blank) == 0);
     CHECK(max_diff(first, blank) > 1e-3);
 
     // dropped: nothing is left
     CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
-    CHECK(is_zero(state(ctx.get(), 0)) && !llama_rwkv_ms_seq_has_origin(ctx.get(), 0));
+    CHECK(is_zero(state(ctx.get(), 0)) && !has_origin(ctx.get(), 0));
 }
 
 static std::vector<std::vector<float>> rows(const std::vector<std::vector<float>> & x, size_t i0, size_t i1) {
@@ -199,6 +201,46 @@ static void test_frozen_scaled(llama_model * base, llama_model * model) {
     CHECK(max_diff(full, normal) < 2e-2);
 }
 
+// What was copied between streams is there when a state is saved, and does not come over one that was loaded since: as an
+// answer of several (n) that ends at once, and another client's text from the RAM cache in its place.
+static void test_copied_stream(llama_model * model) {
+    std::vector<std::vector<float>> want, got;
+
+    for (const bool is_copied : { false, true }) {
+        ctx_ptr ctx = ctx_init(model, 2, false);
+        CHECK(decode(ctx.get(), text(0, 70, 1)) == 0);
+        CHECK(decode(ctx.get(), text(1, 40, 2)) == 0);
+
+        std::vector<uint8_t> seq(llama_state_seq_get_size(ctx.get(), 1));
+        CHECK(llama_state_seq_get_data(ctx.get(), seq.data(), seq.size(), 1) == seq.size());
+
+        auto * mem = llama_get_memory(ctx.get());
+        llama_memory_seq_rm(mem, 1, -1, -1);
+        if (is_copied) {
+            llama_memory_seq_cp(mem, 0, 1, -1, -1);
+
+            std::vector<uint8_t> source(llama_state_seq_get_size(ctx.get(), 0)), copy(llama_state_seq_get_size(ctx.get(), 1));
+            CHECK(llama_state_seq_get_data(ctx.get(), copy.data(), copy.size(), 1) == copy.size());
+            CHECK(llama_state_seq_get_data(ctx.get(), source.data(), source.size(), 0) == source.size());
+
+            std::vector<std::vector<float>> of_source, of_copy;
+            for (const bool is_source : { false, true }) {
+                ctx_ptr      fresh = ctx_init(model, 2, false);
+                const auto & data  = is_source ? source : copy;
+                CHECK(llama_state_seq_set_data(fresh.get(), data.data(), data.size(), 0) == data.size());
+                CHECK(decode(fresh.get(), text(0, 20, 4, 70), is_source ? &of_source : &of_copy) == 0);
+            }
+            CHECK(max_diff(of_source, of_copy) == 0.0);
+
+            llama_memory_seq_cp(mem, 0, 1, -1, -1);
+            llama_memory_seq_rm(mem, 1, -1, -1);
+        }
+        CHECK(llama_state_seq_set_data(ctx.get(), seq.data(), seq.size(), 1) == seq.size());
+        CHECK(decode(ctx.get(), text(1, 20, 3, 40), is_copied ? &got : &want) == 0);
+    }
+    CHECK(max_diff(want, got) == 0.0);
+}
+
 int main(int argc, char ** argv) {
     const char * path         = argc == 3 ? argv[1] : LLAMAMEM_TEST_DATA "/model_a/model-f32.gguf";
     const char * path_sidecar = argc == 3 ? argv[2] : LLAMAMEM_TEST_DATA "/model_a/sidecar-v1.gguf";
@@ -210,6 +252,8 @@ int main(int argc, char ** argv) {
 
     return run_tests({
             { "save and load", [&] { test_save_load(base.get(), model.get()); } },
+            { "a copied stream, of a base", [&] { test_copied_stream(base.get()); } },
+            { "a copied stream", [&] { test_copied_stream(model.get()); } },
             { "checkpoint", [&] { test_checkpoint(model.get()); } },
             { "a memory alone", [&] { test_memory_only(model.get()); } },
             { "frozen and scaled", [&] { test_frozen_scaled(base.get(), model.get()); } },

@@ -127,6 +127,30 @@ def test_splits_give_the_same(product: Any) -> None:
     np.testing.assert_allclose(parts[-1]["final_S"], whole["final_S"], atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["published", "semantics-2", "two-heads"])
+@pytest.mark.parametrize(("S", "prev"), [(3.4e38, None), (np.inf, None), (np.nan, None), (None, 1e25), (None, np.nan)])
+def test_a_state_that_overflows_gives_nothing(product: Any, name: str, S: float | None, prev: float | None) -> None:
+    """What is not finite stays in the state, where it is seen; no output has it, also of tokens that write nothing."""
+    shape = SHAPES[name]
+    weights, state = random_weights(shape, 1), random_state(shape, 2)
+    if S is not None:
+        state["S"] = np.full_like(state["S"], S)
+    if prev is not None:
+        state["prev"] = np.full_like(state["prev"], prev)
+    h = np.random.default_rng(3).standard_normal((TOKENS, shape.hidden)).astype(np.float32)
+    for mask in (None, np.full(TOKENS, FROZEN)):
+        before = {key: np.copy(value) for key, value in state.items()}
+        got = product(run_layer, weights, h=h, shape=shape, **before, **({} if mask is None else {"mask": mask}))
+        for output in ("delta_q", "delta_o"):
+            assert np.isfinite(got[output]).all()
+            if S is not None:
+                assert not got[output].any()
+        if mask is not None:
+            assert np.array_equal(got["final_S"].reshape(state["S"].shape), state["S"], equal_nan=True)
+        else:
+            assert not np.isfinite(got["final_S"]).all() or not np.isfinite(got["final_prev"]).all()
+
+
 @pytest.mark.parametrize("semantics", [1, 2])
 def test_features_instead_of_weights(product: Any, semantics: int) -> None:
     shape = MemoryShape(HIDDEN, semantics=semantics, chunk=4)

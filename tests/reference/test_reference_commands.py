@@ -41,7 +41,7 @@ def test_turns_are_answered_and_the_memory_goes_on_in_the_server(run: Any, tmp_p
         native = NativeConversation(client, slots)
         native.resume(file.read_bytes())
         native.feed(2)
-        (slots / "back.memory").write_bytes(native.save().read_bytes())
+        (slots / "back.memory").write_bytes(native.save())
     done = run("--adapter", SIDECAR, "--load", slots / "back.memory", "--json", "who is anna?")
     turn = json.loads(done.out)["turns"][0]
     assert turn["tokens_written"] == n + 1 + turn["prompt_tokens"] + turn["new_tokens"] - 1

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server_runs import Running, Serve
+from server_runs import Running, Serve, ServeDemo
 
+from llamamem.formats.demo_files import demo_files
 from llamamem.native.build import Build, find_build
 from llamamem.serving.client import Client
 from llamamem.serving.process import launch
@@ -52,18 +54,32 @@ def serve(build: Build, model: Path, tmp_path: Path, request: pytest.FixtureRequ
 
         def start(profile: str, *extra: str, **kwargs: Any) -> Running:
             memory = None if profile == "base" else request.getfixturevalue("sidecar")
-            given: dict[str, Any] = {"ctx_size": 1024, "slot_dir": tmp_path, "bin_dir": Path(build.bin_dir), **kwargs}
-            plan = make_plan(
-                model,
-                sidecar=memory,
-                profile=profile,
-                port=0,
-                extra=["--threads", "1", *extra],
-                environ={},
-                **given,
-            )
-            server = stack.enter_context(launch(plan, directory=tmp_path / "runs"))
-            server.wait_ready(stall_timeout=60)
-            return Running(server, stack.enter_context(Client(server.url, timeout=120)))
+            return started(stack, build, tmp_path, model, memory, profile, *extra, **kwargs)
 
         yield start
+
+
+@pytest.fixture
+def serve_demo(build: Build, tmp_path: Path) -> Iterator[ServeDemo]:
+    """`serve` with the demo model."""
+    files = demo_files()
+    with ExitStack() as stack:
+        yield partial(started, stack, build, tmp_path, files.model, files.sidecar)
+
+
+def started(
+    stack: ExitStack,
+    build: Build,
+    tmp_path: Path,
+    model: Path,
+    sidecar: Path | None,
+    profile: str,
+    *extra: str,
+    **kwargs: Any,
+) -> Running:
+    own = {"port": 0, "ctx_size": 1024, "slot_dir": tmp_path, "bin_dir": Path(build.bin_dir)}
+    more = ["--threads", "1", *extra]
+    plan = make_plan(model, sidecar=sidecar, profile=profile, extra=more, environ={}, **{**own, **kwargs})
+    server = stack.enter_context(launch(plan, directory=tmp_path / "runs"))
+    server.wait_ready(stall_timeout=60)
+    return Running(server, stack.enter_context(Client(server.url, timeout=120)))

@@ -24,6 +24,7 @@ class Running:
 
 
 Serve = Callable[..., Running]
+ServeDemo = Callable[..., Running]  # the same with the demo model, whose answers mean something
 
 
 def random_prompt(seed: int, n: int) -> list[int]:
@@ -32,8 +33,8 @@ def random_prompt(seed: int, n: int) -> list[int]:
 
 
 def generate(client: Client, prompt: list[int], n: int, **kwargs: Any) -> dict[str, Any]:
-    """Exactly n greedy tokens."""
-    return client.completion(prompt, n_predict=n, ignore_eos=True, return_tokens=True, **kwargs)
+    """Exactly n greedy tokens, in slot 0 and on its memory unless another slot is named."""
+    return client.completion(prompt, n_predict=n, ignore_eos=True, return_tokens=True, **{"id_slot": 0, **kwargs})
 
 
 def generate_clear(client: Client, prompt: list[int], n: int, **kwargs: Any) -> tuple[list[int], float]:

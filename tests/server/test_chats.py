@@ -17,9 +17,9 @@ from llamamem.sessions import Chat, DirectoryStore, Sessions
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
 
-def begin(running: Running, tmp_path: Path, slot: int = 0, **options: Any) -> Chat:
-    sessions = Sessions(running.client, DirectoryStore(tmp_path / "store"), tmp_path)
-    return Chat(running.client, slot=slot, sessions=sessions, **(GREEDY | options))
+def begin(running: Running, tmp_path: Path, **options: Any) -> Chat:
+    sessions = Sessions(running.client, DirectoryStore(tmp_path / "store"))
+    return Chat(running.client, sessions=sessions, **(GREEDY | options))
 
 
 def ask(chat: Chat, text: str) -> tuple[str, dict[str, Any]]:
@@ -34,7 +34,7 @@ def test_what_is_streamed_is_what_is_answered_at_once(serve: Serve, tmp_path: Pa
     chat = begin(running, tmp_path)
     for question in ("hello there", "what is the colour of the garden?"):
         said, _ = ask(chat, question)
-        whole = running.client.chat(chat.messages[:-1], id_slot=0, cache_prompt=False, max_tokens=12)
+        whole = running.client.chat(chat.messages[:-1], cache_prompt=False, max_tokens=12)
         assert said == whole["choices"][0]["message"]["content"] != ""
 
 
@@ -96,10 +96,40 @@ def test_a_full_context_is_an_error_of_one_line_and_the_chat_goes_on(serve: Serv
 def test_a_script_as_a_user_runs_it(serve: Serve, tmp_path: Path) -> None:
     running = serve("fused")
     script = "hello there\n/memory\n/save anna\n/reset\n/load anna\n/memory\n"
-    command = [sys.executable, "-m", "llamamem.cli", "chat", "--url", running.client.url, "--slot-dir", tmp_path]
+    command = [sys.executable, "-m", "llamamem.cli", "chat", "--url", running.client.url]
     command += ["--store", tmp_path / "store", "--temperature", "0", "--max-tokens", "5"]
     done = subprocess.run([*map(str, command)], input=script, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    before, after = (line for line in done.stdout.splitlines() if line.startswith("slot 0: "))
-    assert before in after and "session 'anna', generation 1" in after
+    before, after = (line for line in done.stdout.splitlines() if " tokens written; " in line)
+    assert before.split(";")[0] == after.split(";")[0] and "session 'anna', generation 1" in after
     assert "'anna' saved: generation 1" in done.stderr and "'anna' loaded: generation 1" in done.stderr
+
+
+@pytest.mark.parametrize("profile", ["serial", "fused", "batched"])
+def test_two_chats_and_a_stranger_at_one_server_know_nothing_of_each_other(
+    serve: Serve, tmp_path: Path, profile: str
+) -> None:
+    running = serve(profile)
+    question = "what is the name of my dog?"
+    fresh = running.client.chat([{"role": "user", "content": question}], max_tokens=12)["choices"][0]["message"]
+    first, second = begin(running, tmp_path), begin(running, tmp_path)
+    ask(first, "my dog is called rex and he is three years old")
+    first.save("anna")
+    first.load("anna")
+    on_it, _ = ask(first, question)
+    assert second.memory().tokens_written == 0 and ask(second, question)[0] == fresh["content"] != on_it
+    stranger = running.client.chat([{"role": "user", "content": question}], max_tokens=12)
+    assert stranger["choices"][0]["message"]["content"] == fresh["content"]
+    assert not any(slot["rwkv_ms"]["given"] for slot in running.client.slots()), "no slot was taken"
+
+
+def test_the_memory_after_an_interrupt_is_that_of_what_was_said(serve: Serve, tmp_path: Path) -> None:
+    running = serve("serial", ctx_size=4096)
+    chat = begin(running, tmp_path, max_tokens=3000, ignore_eos=True)
+    answer = chat.ask("hello there")
+    said = ""
+    while not said:
+        said += next(answer).text
+    answer.close()
+    prompt = running.client.apply_template(chat.messages, add_generation_prompt=False)
+    assert chat.memory().tokens_written == len(running.client.tokenize(prompt, add_special=True, parse_special=True))

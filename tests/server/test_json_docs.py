@@ -131,13 +131,19 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
             evaluated = [printed("eval", suite, "--max-tokens", "3", "--output", kept)]
             evaluated.append(printed("eval", suite, "--max-tokens", "3", "--compare", kept))
             started = printed("session", "start", "anna", *store)
-            resumed = printed("session", "resume", "anna", "--slot", "0", *store)
+            fresh = printed("session", "resume", "anna", "--slot", "0", *store)
             traced = [printed("trace", "compare", trace)]
             saved = printed("session", "save", "anna", "--slot", "0", *store)
-            listed = printed("session", "list", *store)
+            again = printed("session", "save", "anna", "--slot", "0", *store)
+            resumed = printed("session", "resume", "anna", "--slot", "0", *store)
+            branched = printed("session", "start", "kate", "--from", "anna", *store)
+            listed = [printed("session", "list", *store), printed("session", "list", "--limit", "1", *store)]
+            history = printed("session", "history", "anna", *store)
+            undone = printed("session", "undo", "anna", *store)
+            printed("session", "undo", "anna", *store)
             health = printed("health")
             ps = printed("ps")
-            (slots / "anna.bin").write_bytes(next((tmp_path / "store").glob("*.state")).read_bytes())
+            (slots / "anna.bin").write_bytes(next((tmp_path / "store").glob("*-3.state")).read_bytes())
             pruned = printed("session", "prune", "--older-than", "0m", *store)
             stopped = printed("stop", "mine")
             assert launcher.wait(30) == 0
@@ -153,10 +159,12 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
         health=[health],
         eval=evaluated,
         trace_compare=traced,
-        session_start=[started],
-        session_resume=[resumed],
-        session_save=[saved],
-        session_list=[listed],
+        session_start=[started, branched],
+        session_resume=[fresh, resumed],
+        session_save=[saved, again],
+        session_list=listed,
+        session_history=[history],
+        session_undo=[undone],
         session_prune=[pruned],
         state_show=[printed(*state), printed(*state, "--sidecar", sidecar)],
         state_diff=[printed("state", "diff", anna, anna)],

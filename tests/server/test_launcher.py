@@ -94,6 +94,8 @@ def test_serve_is_ready_answers_and_stops_on_a_signal(model: Path, sidecar: Path
         with Client(run["url"]) as client:
             answer = client.chat([{"role": "user", "content": "hello there"}], max_tokens=4)
             assert answer["usage"]["completion_tokens"] > 0
+            page = client.request("GET", "/")
+            assert page.status_code == 200 and "llamamem chat" in page.text
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(30) == 0
     assert not psutil.pid_exists(run["pid"])

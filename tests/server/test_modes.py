@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +92,8 @@ def test_props_and_slots_say_what_memory_is_live(serve: Serve, model: Path, side
     assert len(slots) == (4 if profile == "batched" else 1)
     for slot in slots:
         empty = {"tokens_written": 0, "current_state": 0, "norms": [0.0] * len(layers)}
-        assert slot["rwkv_ms"] == {**empty, "frozen": False, "scale": 1.0}
+        nobodys = {"origin": None, "given": False, "n_text": 0, "text": hashlib.sha256(b"").hexdigest()}
+        assert slot["rwkv_ms"] == {**empty, **nobodys, "frozen": False, "scale": 1.0}
     generate(running.client, random_prompt(1, chunk + 5 if chunk < 500 else 50), 2, id_slot=0)
     state = running.client.slots()[0]["rwkv_ms"]
     n = (chunk + 5 if chunk < 500 else 50) + 1

@@ -148,7 +148,9 @@ def test_a_memory_goes_on_without_its_text(serve: Serve, tmp_path: Path, profile
     client.erase_slot(0)
     assert client.slots()[0]["rwkv_ms"]["tokens_written"] == 0
     client.restore_memory(0, "memory.bin")
-    assert client.slots()[0]["rwkv_ms"] == state
+    restored = client.slots()[0]["rwkv_ms"]
+    assert {name: restored[name] for name in ("tokens_written", "current_state", "norms")}.items() <= state.items()
+    assert restored["origin"] and restored["given"] and restored["n_text"] == 0
     remembering = generate(client, second, 16)
     assert remembering["timings"]["prompt_n"] == 40
     assert client.slots()[0]["rwkv_ms"]["tokens_written"] == 80 + 40 + 15
@@ -301,3 +303,21 @@ def test_an_unwritable_target_is_an_error_and_nothing_is_left(serve: Serve, tmp_
     with pytest.raises(LlamamemError, match="state-unwritable"):
         running.client.save_memory(0, "taken.bin")
     assert not list(tmp_path.glob("taken.bin.*"))
+
+
+def test_a_page_of_another_site_can_do_nothing_to_a_slot(serve: Serve) -> None:
+    """A browser sends such a request without asking first, and only hides the answer from the page."""
+    client = serve("serial").client
+    generate(client, random_prompt(1, 30), 1)
+    before = client.slots()[0]["rwkv_ms"]
+    for origin in ("https://evil.example", "http://localhost.evil.example", "null"):
+        for action in ("memory-reset", "erase", "memory-set"):
+            answer = client.request(
+                "POST", "/slots/0", params={"action": action}, headers={"Origin": origin}, content="{}"
+            )
+            assert answer.status_code == 403 and "--cors-origins" in answer.json()["error"]["message"]
+    assert client.slots()[0]["rwkv_ms"] == before
+    own = client.request(
+        "POST", "/slots/0", params={"action": "memory-reset"}, headers={"Origin": "http://127.0.0.1:80"}, content="{}"
+    )
+    assert own.status_code == 200

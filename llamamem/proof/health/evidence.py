@@ -15,7 +15,7 @@ from llamamem.formats.trace import Trace
 from llamamem.proof.health.slot import SlotProbe
 from llamamem.proof.health.target import Target
 from llamamem.serving.client import Client
-from llamamem.serving.digests import Progress, file_sha256
+from llamamem.serving.digests import Progress, base_sha256, file_sha256
 
 NO_MEMORY = "serves no memory"
 START_WITH = "start it with `llamamem serve --model BASE --sidecar SIDECAR`"
@@ -37,7 +37,7 @@ class Evidence:
     target: Target
     reference: Trace | None = None
     progress: Progress | None = None  # of hashing the base
-    kept: SlotProbe | None = None  # slot 0, while what it holds is kept aside
+    kept: SlotProbe | None = None  # the slot that is tested, while what it holds is kept aside
     unkept: Fails | None = None  # why it is not
     hung: str | None = None  # the check in which the server did not answer in time
 
@@ -71,7 +71,7 @@ class Evidence:
         """SHA-256 of the base file as it is now."""
         if self.target.model is None:
             raise Fails("the base file is not known", "give --model BASE.gguf")
-        return file_sha256(self.target.model, self.progress)
+        return base_sha256(self.target.model, self.progress)
 
     @cached_property
     def sidecar(self) -> Sidecar:
@@ -88,11 +88,11 @@ class Evidence:
 
     @property
     def slot(self) -> SlotProbe:
-        """Slot 0, for a check that needs a memory in it."""
+        """The slot, for a check that needs a memory in it."""
         _ = self.memory
         self.answers()
         if self.kept is None:
-            raise self.unkept or Fails("slot 0 cannot be used")
+            raise self.unkept or Fails("no slot can be used")
         return self.kept
 
     def answers(self) -> None:

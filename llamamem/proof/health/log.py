@@ -99,7 +99,9 @@ def _check_rolled_back(e: Evidence, path: Path) -> None:
     deadline = time.monotonic() + _LATE
     while not any("rolled back" in line and missing.name in line for line in _lines(path, before)):
         if time.monotonic() > deadline:
-            raise Fails(f"{path}: no line `rwkv-ms: slot 0: rolled back` after a restore was refused", _OF_THIS_RUN)
+            raise Fails(
+                f"{path}: no line `rwkv-ms: slot {e.slot.id}: rolled back` after a restore was refused", _OF_THIS_RUN
+            )
         time.sleep(0.02)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamamem.formats.state import MEMORY, read_state
+from llamamem.formats.state import decode_state
 from llamamem.native import vendor
 from llamamem.proof.health.evidence import START_WITH, Evidence, Fails
-from llamamem.proof.health.slot import FIRST, SLOT
+from llamamem.proof.health.slot import FIRST
 from llamamem.proof.trace import compare_trace
 
 
@@ -68,11 +68,10 @@ def constraints(e: Evidence) -> str:
 
 def _reuse_unasked(e: Evidence) -> list[str]:
     """`serial` promises that a request that does not ask for it reuses nothing."""
-    slot = e.slot
-    slot.erase()
+    slot, none = e.slot, {"memory": None}
     prompt = slot.ids(FIRST)
-    answer = slot.generate(prompt, 2, cache_prompt=None)
-    follow_up = slot.generate([*prompt, *answer.tokens], 1, cache_prompt=None)
+    answer = slot.generate(prompt, 2, cache_prompt=None, rwkv_ms=none)
+    follow_up = slot.generate([*prompt, *answer.tokens], 1, cache_prompt=None, rwkv_ms=none)
     return [f"{follow_up.reused} prompt tokens were reused unasked"] if follow_up.reused else []
 
 
@@ -96,7 +95,7 @@ def props(e: Evidence) -> str:
                 f"is {sidecar.path} the sidecar that was started, and unchanged? start the server again",
             )
     # what it says and what it does: a saved memory names what made it
-    saved = read_state(e.slot.save("props.state", memory_only=True), kinds=(MEMORY,))
+    saved = decode_state(e.slot.take())
     if (saved.sidecar_sha256, saved.base_sha256) != wanted:
         raise Fails(
             f"a memory that it saves is of sidecar {saved.sidecar_sha256} and base {saved.base_sha256},"
@@ -106,10 +105,9 @@ def props(e: Evidence) -> str:
 
 
 def chat(e: Evidence) -> str:
-    if e.has_memory:
-        _ = e.slot  # which is put back
     e.answers()
-    answer = e.client.chat([{"role": "user", "content": "Say hello."}], max_tokens=32, id_slot=SLOT)
+    none = {"rwkv_ms": {"memory": None}} if e.has_memory else {}
+    answer = e.client.chat([{"role": "user", "content": "Say hello."}], max_tokens=32, **none)
     message = answer["choices"][0]["message"]
     text = message.get("content") or message.get("reasoning_content")
     if not isinstance(text, str) or not text.strip():
@@ -121,9 +119,7 @@ def trace(e: Evidence) -> str:
     if e.reference is None:
         return "no reference trace was given (--trace)"
     e.answers()
-    if e.has_memory:
-        e.slot.erase()  # a trace starts on an empty memory
-    found = compare_trace(e.client, e.reference, slot=SLOT)
+    found = compare_trace(e.client, e.reference, slot=e.slot.id if e.has_memory else 0)
     if not found.ok:
         raise Fails(found.detail, found.hint)
     return found.detail

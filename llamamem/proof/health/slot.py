@@ -1,20 +1,16 @@
-"""Slot 0 of a server while it is tested: texts, answers, saved states."""
+"""A slot of a server while it is tested: texts, answers, saved states."""
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from llamamem.errors import LlamamemError
-from llamamem.serving.client import Client
-
-SLOT = 0
+from llamamem.serving.client import Client, encoded_memory
 
 # English that any tokenizer makes some dozens of tokens of
 FIRST = (
@@ -41,13 +37,18 @@ class Answer:
     reused: int
 
 
-class SlotProbe:
-    """What the checks do with slot 0. Files in the slot directory have names of our own, and all are removed."""
+class Unknown(LlamamemError):
+    """Files cannot be exchanged with the server."""
 
-    def __init__(self, client: Client, slot_dir: Path) -> None:
+
+class SlotProbe:
+    """What the checks do with a slot. Files in the slot directory have names of our own, and all are removed."""
+
+    def __init__(self, client: Client, slot: int, slot_dir: Path | None) -> None:
         self.client = client
+        self.id = slot
         self.slot_dir = slot_dir
-        self._prefix = f"llamamem-health-{secrets.token_hex(6)}"
+        self._prefix = f"llamamem-health-{os.getpid()}-{secrets.token_hex(6)}"
         self._files: list[Path] = []
         self._ids: dict[str, list[int]] = {}
 
@@ -58,13 +59,10 @@ class SlotProbe:
         return self._ids[text]
 
     def generate(self, prompt: list[int], n: int, **options: Any) -> Answer:
-        """Exactly n greedy tokens; an option that is None is left to the server.
-
-        A setting of the memory that somebody left on the slot stays in force.
-        """
+        """Exactly n greedy tokens; an option that is None is left to the server."""
         request = {"n_probs": 20, "cache_prompt": True, "ignore_eos": True, "return_tokens": True, **options}
         request = {name: value for name, value in request.items() if value is not None}
-        found = self.client.completion(prompt, n_predict=n, id_slot=SLOT, **request)
+        found = self.client.completion(prompt, n_predict=n, id_slot=self.id, **request)
         choices = tuple(
             tuple((int(top["id"]), float(top["logprob"])) for top in entry["top_logprobs"])
             for entry in found["completion_probabilities"]
@@ -76,29 +74,35 @@ class SlotProbe:
         return answer
 
     def memory(self) -> dict[str, Any]:
-        """The slot's `rwkv_ms` object of /slots."""
-        found = next(slot for slot in self.client.slots() if slot["id"] == SLOT)
-        memory: dict[str, Any] = found["rwkv_ms"]
-        return memory
+        """What /slots says of the slot's memory and its setting; not of its text."""
+        found = next(slot for slot in self.client.slots() if slot["id"] == self.id)
+        return {name: value for name, value in found["rwkv_ms"].items() if name not in ("n_text", "text")}
 
     def others(self) -> list[tuple[int, bool, int | None]]:
         """The other slots: id, whether it works now, its last task."""
         slots = self.client.slots()
-        return [(slot["id"], slot["is_processing"], slot.get("id_task")) for slot in slots if slot["id"] != SLOT]
+        return [(slot["id"], slot["is_processing"], slot.get("id_task")) for slot in slots if slot["id"] != self.id]
 
     def erase(self) -> None:
-        self.client.erase_slot(SLOT)
+        """Text, memory and setting are gone."""
+        self.client.erase_slot(self.id)
+
+    def take(self) -> bytes:
+        """The memory alone, as the bytes of its file."""
+        return self.client.take_memory(self.id)[0]
 
     def file(self, name: str) -> Path:
         """A file in the slot directory whose name nobody else has."""
+        if self.slot_dir is None:
+            raise Unknown("the slot directory is not known, so no state is saved or restored; give --slot-dir")
         path = self.slot_dir / f"{self._prefix}-{name}"
         if path not in self._files:
             self._files.append(path)
         return path
 
-    def save(self, name: str, *, memory_only: bool = False) -> Path:
+    def save(self, name: str) -> Path:
         path = self.file(name)
-        (self.client.save_memory if memory_only else self.client.save_slot)(SLOT, path.name)
+        self.client.save_slot(self.id, path.name)
         if not path.is_file():
             raise LlamamemError(
                 f"{path}: the server did not write it there; give its own --slot-save-path as --slot-dir"
@@ -106,46 +110,28 @@ class SlotProbe:
         return path
 
     def restore(self, path: Path) -> None:
-        self.client.restore_slot(SLOT, path.name)
+        self.client.restore_slot(self.id, path.name)
 
-    def restore_memory(self, path: Path) -> None:
-        self.client.restore_memory(SLOT, path.name)
-
-    def try_restore(self, path: Path, *, memory_only: bool = False) -> tuple[int, str]:
+    def try_restore(self, path: Path) -> tuple[int, str]:
         """HTTP status and message of a restore that should be refused."""
-        action = "memory-restore" if memory_only else "restore"
-        response = self.client.request(
-            "POST", f"/slots/{SLOT}", params={"action": action}, json={"filename": path.name}
-        )
+        return self._try(f"/slots/{self.id}?action=restore", {"filename": path.name})
+
+    def try_memory(self, memory: bytes, *, in_request: bool) -> tuple[int, str]:
+        """The same of a memory alone: given to the slot, or brought along by a request."""
+        data = encoded_memory(memory)
+        if not in_request:
+            return self._try(f"/slots/{self.id}?action=memory-restore", {"memory": data})
+        body = {"prompt": self.ids(OTHER), "n_predict": 1, "id_slot": self.id, "rwkv_ms": {"memory": data}}
+        return self._try("/completion", body)
+
+    def _try(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        response = self.client.request("POST", path, json=body)
         try:
             return response.status_code, str(response.json()["error"]["message"])
         except (ValueError, KeyError, TypeError):
             return response.status_code, response.text[:200]
 
-    def own_setting(self) -> None:
-        """Back from the setting of the last request to the slot's own: a change of scale would drop the next text."""
-        self.client.request("POST", f"/slots/{SLOT}", params={"action": "memory-set"}, json={})
-
     def remove_files(self) -> None:
         for path in self._files:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def held(slot_dir: Path, port: int | str | None, wait: float) -> Iterator[None]:
-    """Keeps `llamamem session` off slot 0, if it ever was at this server. Raises LlamamemError when it is at work."""
-    # [TAG_SLOT_LOCK] the name that llamamem/sessions/client.py gives it
-    path = slot_dir / f".llamamem-{port}-slot-{SLOT}.lock"
-    if not path.exists():
-        yield
-        return
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=wait)
-    except filelock.Timeout:
-        raise LlamamemError(f"slot {SLOT} is held by `llamamem session`; try again later") from None
-    try:
-        yield
-    finally:
-        lock.release()

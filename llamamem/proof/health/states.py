@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from llamamem.formats.state import MEMORY, SEQUENCE, read_state
+from llamamem.formats.state import SEQUENCE, decode_state, read_state
 from llamamem.proof.health import forge
 from llamamem.proof.health.evidence import Evidence, Fails
 from llamamem.proof.health.slot import FIRST, NEXT, OTHER, Answer, Choices, SlotProbe
+from llamamem.serving.client import encoded_memory
 
-_HELD_OUT = "the patched runtime is not at work, or another client used slot 0 meanwhile: try again on a quiet server"
+_HELD_OUT = "the patched runtime is not at work, or another client used the slot meanwhile: try again on a quiet server"
 
 # Other slots in the same batch change the rounding: on a busy server the log-probabilities of equal answers part by up
 # to _NOISE, and the memory must do more than _SEEN. A quiet server must give the same bits.
@@ -21,7 +23,7 @@ _SEEN = 0.05
 def slot_roundtrip(e: Evidence) -> str:
     slot, watch = e.slot, _Watch(e.slot)
     follow_up = _begin(slot, 8)
-    saved, memory = slot.save("saved.state"), slot.save("memory.state", memory_only=True)
+    saved, memory = slot.save("saved.state"), slot.take()
     state, live = read_state(saved, kinds=(SEQUENCE,)), slot.memory()
     n_saved = len(state.token_ids)
     if not state.tokens_written.any():
@@ -29,10 +31,10 @@ def slot_roundtrip(e: Evidence) -> str:
     undisturbed = slot.generate(follow_up, 16)
 
     slot.generate(slot.ids(OTHER), 8)
-    if slot.save("disturbed.state", memory_only=True).read_bytes() == memory.read_bytes():
+    if slot.take() == memory:
         raise Fails("another text leaves the memory as it was", _setting(live))
     slot.restore(saved)
-    if slot.save("restored.state", memory_only=True).read_bytes() != memory.read_bytes() or slot.memory() != live:
+    if slot.take() != memory or slot.memory() != live:
         raise Fails("the memory after the restore is not the one that was saved", _HELD_OUT)
     restored = slot.generate(follow_up, 16)
     if restored.processed >= n_saved:
@@ -65,9 +67,12 @@ def foreign_restore(e: Evidence) -> str:
     _begin(slot, 1)
     cases = forge.foreign(*_saved(slot))
     for case in cases:  # sound but for whose it is, or the test would prove nothing
-        path = slot.file("forged.state")
-        path.write_bytes(case.data)
-        read_state(path, kinds=(MEMORY,) if case.memory_only else (SEQUENCE,))
+        if case.memory_only:
+            decode_state(case.data)
+        else:
+            path = slot.file("forged.state")
+            path.write_bytes(case.data)
+            read_state(path, kinds=(SEQUENCE,))
     _refuses(slot, cases)
     return f"{len(cases)} states of other models refused"
 
@@ -75,18 +80,15 @@ def foreign_restore(e: Evidence) -> str:
 def causal(e: Evidence) -> str:
     slot, watch = e.slot, _Watch(e.slot)
     _begin(slot, 1)
-    memory, token = slot.save("causal.state", memory_only=True), slot.ids(FIRST)[:1]
+    memory, token = encoded_memory(slot.take()), slot.ids(FIRST)[:1]
     setting = _setting(slot.memory())
 
-    def first_logits(*, remembering: bool, **options: Any) -> Answer:
-        slot.erase()
-        if remembering:
-            slot.restore_memory(memory)
-        return slot.generate(token, 1, cache_prompt=False, **options)
+    def first_logits(memory: str | None, **options: Any) -> Answer:
+        return slot.generate(token, 1, cache_prompt=False, rwkv_ms={"memory": memory, **options})
 
-    live, again = first_logits(remembering=True), first_logits(remembering=True)
-    zeroed = first_logits(remembering=False)
-    base = first_logits(remembering=True, rwkv_ms={"scale": 0})
+    live, again = first_logits(memory), first_logits(memory)
+    zeroed = first_logits(None)
+    base = first_logits(memory, scale=0)
     noise = watch.noise
     if (difference := _differs(live, again, noise)) is not None:
         raise Fails(f"the same memory gives other logits the second time, {difference}", _HELD_OUT)
@@ -96,7 +98,7 @@ def causal(e: Evidence) -> str:
     if (difference := _differs(base, zeroed, noise)) is not None:
         raise Fails(
             f"with a memory that is zero the first token's logits are not the base's, {difference}",
-            "does erase empty the memory, and does scale 0 silence it?",
+            "does a request without a memory begin on none, and does scale 0 silence one?",
         )
     size = f"by {effect:.2g} in log-probability" if effect < float("inf") else "in most of the likeliest tokens"
     return f"live and zeroed memory part {size}, zeroed equals the base"
@@ -124,22 +126,31 @@ def _begin(slot: SlotProbe, n: int) -> list[int]:
 
 def _saved(slot: SlotProbe) -> tuple[bytes, bytes]:
     """The whole state of the slot, and its memory alone."""
-    return slot.save("good.state").read_bytes(), slot.save("good-memory.state", memory_only=True).read_bytes()
+    return slot.save("good.state").read_bytes(), slot.take()
 
 
 def _refuses(slot: SlotProbe, cases: tuple[forge.Forged, ...]) -> None:
-    """HTTP 400 and the exact reason for each, and the memory stays as it was."""
-    path, before = slot.file("forged.state"), slot.memory()
+    """HTTP 400 and the exact reason for each, on every way in, and the memory stays as it was."""
+    before = slot.memory()
     for case in cases:
-        path.write_bytes(case.data)
-        status, message = slot.try_restore(path, memory_only=case.memory_only)
-        if status == 200:
-            raise Fails(f"{case.what}: was accepted, must be refused as {case.reason}", "do not load states here")
-        reason = re.search(r"\[(state-[a-z-]+)\]", message)  # the first: a path may hold anything
-        if status != 400 or reason is None or reason[1] != case.reason:
-            raise Fails(f"{case.what}: answered {status} {message}, must be 400 [{case.reason}]")
-        if slot.memory() != before:
-            raise Fails(f"{case.what}: was refused, and yet the slot changed", _HELD_OUT)
+        for status, message in _tried(slot, case):
+            if status == 200:
+                raise Fails(f"{case.what}: was accepted, must be refused as {case.reason}", "do not load states here")
+            reason = re.search(r"\[(state-[a-z-]+)\]", message)  # the first: a path may hold anything
+            if status != 400 or reason is None or reason[1] != case.reason:
+                raise Fails(f"{case.what}: answered {status} {message}, must be 400 [{case.reason}]")
+            if slot.memory() != before:
+                raise Fails(f"{case.what}: was refused, and yet the slot changed", _HELD_OUT)
+
+
+def _tried(slot: SlotProbe, case: forge.Forged) -> Iterator[tuple[int, str]]:
+    if case.memory_only:
+        yield slot.try_memory(case.data, in_request=True)
+        yield slot.try_memory(case.data, in_request=False)
+        return
+    path = slot.file("forged.state")
+    path.write_bytes(case.data)
+    yield slot.try_restore(path)
 
 
 def _differs(a: Answer, b: Answer, noise: float) -> str | None:
@@ -176,5 +187,5 @@ def _setting(memory: dict[str, Any]) -> str:
     """What to do when the memory has no effect."""
     if memory["frozen"] or memory["scale"] != 1:
         now = f"frozen {memory['frozen']}, scale {memory['scale']}"
-        return f"slot 0 is set to {now}: POST /slots/0?action=memory-set with frozen false and scale 1"
+        return f"the slot is set to {now}, although it was erased"
     return "is the sidecar a zeroed one? the memory is not connected to the graph"

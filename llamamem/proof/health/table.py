@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,14 +15,14 @@ from llamamem.formats.sidecar_inspect import printable
 from llamamem.formats.trace import read_trace
 from llamamem.proof.health import server, states
 from llamamem.proof.health.evidence import Evidence, Fails, is_timeout
+from llamamem.proof.health.kept import put_back_after_a_kill, slot_kept
 from llamamem.proof.health.log import log
-from llamamem.proof.health.slot import SlotProbe, held
+from llamamem.proof.health.slot import Unknown
 from llamamem.proof.health.target import Target
 from llamamem.serving.client import Client
 from llamamem.serving.digests import Progress
 
 _WIDTH = 600  # characters of a detail
-_SLOT_WAIT = 30.0  # seconds, for a session that is at work in slot 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def check_health(
 ) -> HealthReport:
     """Makes every check. `timeout` is that of one request in seconds; `on_check` is told the id of the next check.
 
-    Slot 0 is used, and holds afterwards what it held before; files that are made in the slot directory are removed.
+    A slot that holds nothing is used, or one that holds afterwards what it held before; files that are made in the slot
+    directory are removed.
     Raises LlamamemError when the server cannot be asked at all (it does not answer, still loads, wants another key), or
     the trace cannot be read.
     """
@@ -71,7 +72,9 @@ def check_health(
         evidence = Evidence(client, target, reference, progress)
         _reach(evidence)
         timestamp, checks = datetime.now(timezone.utc), []
-        with _slot_kept(evidence) as lost:
+        with suppress(Fails, LlamamemError, LookupError, TypeError, ValueError, OSError):
+            put_back_after_a_kill(evidence)
+        with slot_kept(evidence) as lost:
             for row in CHECKS:
                 if on_check is not None:
                     on_check(row.id)
@@ -112,6 +115,8 @@ def _check(row: Row, evidence: Evidence) -> Check:
         return made(True, row.run(evidence))
     except Fails as fault:
         return made(False, fault.detail, fault.hint or row.hint)
+    except Unknown as error:
+        return made(False, str(error), "give --slot-dir")
     except (LlamamemError, OSError) as error:
         if is_timeout(error):
             evidence.hung = evidence.hung or row.id
@@ -120,50 +125,10 @@ def _check(row: Row, evidence: Evidence) -> Check:
         return made(False, f"the answer is not as expected: {type(error).__name__}: {error}", row.hint)
 
 
-@contextmanager
-def _slot_kept(e: Evidence) -> Iterator[list[str]]:
-    """Slot 0 is afterwards as it was, or the list that this gives says why not; `e.unkept` says why it is not used."""
-    lost: list[str] = []
-    with ExitStack() as stack:
-        try:
-            kept, before = _keep(e, stack)
-        except Fails as fault:
-            e.unkept = fault
-        except (LlamamemError, OSError, ValueError, LookupError, TypeError) as error:
-            e.hung = "the save of slot 0" if is_timeout(error) else None
-            e.unkept = Fails(f"slot 0 cannot be saved, so nothing is tried in it: {error}", "give the right --slot-dir")
-        else:
-            e.kept = kept
-            stack.callback(_put_back, e, kept, before, lost)
-        yield lost
-
-
-def _keep(e: Evidence, stack: ExitStack) -> tuple[SlotProbe, Path]:
-    if e.target.slot_dir is None:
-        raise Fails("the slot directory is not known, so nothing is tried in slot 0", "give --slot-dir")
-    stack.enter_context(held(e.target.slot_dir, e.client.url.port or e.client.url.scheme, _SLOT_WAIT))
-    kept = SlotProbe(e.client, e.target.slot_dir)
-    stack.callback(kept.remove_files)
-    return kept, kept.save("kept.state")
-
-
-def _put_back(e: Evidence, kept: SlotProbe, before: Path, lost: list[str]) -> None:
-    if e.hung is not None:
-        lost.append("slot 0 was not put back: the server does not answer")
-        return
-    try:
-        if e.has_memory:
-            kept.own_setting()
-        kept.erase()
-        kept.restore(before)
-    except (LlamamemError, ValueError) as error:
-        lost.append(f"slot 0 was not put back: {error}")
-
-
 def _lost(check: Check, what: str) -> Check:
     detail = what if check.ok else f"{check.detail}; {what}"
     return check.model_copy(
-        update={"ok": False, "detail": detail, "hint": check.hint or "do not use what slot 0 holds"}
+        update={"ok": False, "detail": detail, "hint": check.hint or "do not use what that slot holds"}
     )
 
 

@@ -135,7 +135,7 @@ def test_too_much_for_a_picture(llamamem: Run, recorded: dict[str, State], tmp_p
 
 def test_a_picture_without_matplotlib(llamamem: Run, p1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    one_line(llamamem("state", "show", p1, "--png", tmp_path / "p.png"), "matplotlib", "llamamem[plots]")
+    one_line(llamamem("state", "show", p1, "--png", tmp_path / "p.png"), "matplotlib", ".[plots]")
     assert not list(tmp_path.iterdir())
     assert llamamem("state", "show", p1).status == 0
 

@@ -169,7 +169,7 @@ def test_a_base_of_another_architecture_or_hidden_size(model_a: Path, tmp_path: 
     shards = GgufField(gguf.GGUFValueType.UINT16, 3)
     split = {"general.architecture": GgufField(STRING, "gemma4"), "split.count": shards}
     write_gguf(tmp_path / "split.gguf", split, [GgufTensor("x", "F32", (1,), bytes(4))])
-    with pytest.raises(LlamamemError, match="is split into"):
+    with pytest.raises(LlamamemError, match="is number 1 of 3 files: name it"):
         export_sidecar(model_a, tmp_path / "split.gguf", tmp_path / "x.gguf")
 
 
@@ -179,7 +179,7 @@ def test_everything_is_checked_before_anything_is_hashed(
     def hashed(*_: Any) -> str:
         raise AssertionError("the base was hashed")
 
-    monkeypatch.setattr("llamamem.formats.sidecar_export.file_sha256", hashed)
+    monkeypatch.setattr("llamamem.formats.sidecar_export.base_sha256", hashed)
     with pytest.raises(AssertionError):  # where nothing is wrong
         export_sidecar(model_a, model_a / BASE, tmp_path / "x.gguf")
     (tmp_path / "notes").write_text("mine")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.base import file_sha256, read_base
 from llamamem.formats.gguf_file import replacing
 from llamamem.formats.sidecar import REASONS, read_sidecar, validate_sidecar
 
@@ -137,6 +138,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert caught.value.reason == reason
         (found,) = validate_sidecar(tmp_path / name).findings
         assert found.reason == reason and str(tmp_path) not in found.message
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert [finding.reason for finding in validate_sidecar(tmp_path / "pipe.gguf").findings] == ["unreadable"]
+    for use in (read_sidecar, read_base, file_sha256):
+        with pytest.raises(LlamamemError, match=r"pipe\.gguf.*not a regular file"):
+            use(tmp_path / "pipe.gguf")
 
 
 def test_a_file_is_on_the_disk_before_its_name_and_then_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_another_file_of_the_same_model(exported: Path, model_a: Path, tmp_path:
 
 def test_a_split_base_of_another_architecture(exported: Path, model_a: Path, tmp_path: Path) -> None:
     base = base_with(model_a, tmp_path / "base.gguf", architecture="llama", **{"split.count": 3})
-    assert found(exported, base) == ["base-architecture", "base-split", "base-hash"]
+    assert found(exported, base) == ["base-architecture", "base-split"]
 
 
 def test_a_base_of_other_figures(exported: Path, model_a: Path, tmp_path: Path) -> None:
@@ -211,4 +211,5 @@ def test_the_reasons_are_those_of_the_runtime() -> None:
         p for what in ("config", "gguf", "sidecar") for p in (ROOT / "patches/src").glob(f"llama-rwkv-ms-{what}*")
     ]
     codes = {code for p in sources for code in re.findall(r'llama_rwkv_ms_fail\(\s*"([a-z0-9-]+)"', p.read_text())}
-    assert codes == REASONS.keys()
+    # a shard that is missing is llama.cpp's own to refuse, when it loads the weights
+    assert codes == REASONS.keys() - {"base-split"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import struct
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,7 @@ from state_files import CONTEXT, MEMORY, SEQUENCE, C, M, N, R, StateFile, seal, 
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.sidecar import read_sidecar
-from llamamem.formats.state import STATE_REASONS, Identity, State, identity_of, read_state, write_state
+from llamamem.formats.state import STATE_REASONS, Identity, Setting, State, identity_of, read_state, write_state
 
 KINDS = {"memory": MEMORY, "sequence": SEQUENCE, "context": CONTEXT}
 IDENTITY = Identity(files.SIDECAR, files.BASE)
@@ -89,6 +91,12 @@ def test_the_header_of_the_document_has_no_gaps() -> None:
         assert offset == at
         at += int(size) if size.isdigit() else 0
     assert at == 320
+
+
+def test_a_setting_that_is_not_the_default_is_read(put) -> None:
+    assert read_state(put(SEQUENCE)).setting is None
+    state = read_state(put(replace(SEQUENCE, header={120: u32(4 | 2), 192: struct.pack("<fIQ", 0.5, 1, 7)})))
+    assert state.setting == Setting(0.5, True, 7) and state.provenance == ""
 
 
 def test_counters_say_what_is_written_to_next(put) -> None:
@@ -250,7 +258,13 @@ REFUSED: list[tuple[str, StateFile | bytes, str]] = [
     ("state-shape", replace(MEMORY, token_ids=(1, 2)), "token ids"),
     ("state-shape", replace(MEMORY, kv=b"kv"), "KV cache"),
     ("state-shape", replace(MEMORY, origins=True), "flags is 0x2"),
-    ("state-shape", replace(SEQUENCE, header={120: u32(4 | 2)}), "flags is 0x6"),
+    ("state-shape", replace(SEQUENCE, header={120: u32(8 | 2)}), "flags is 0xa"),
+    ("state-shape", replace(MEMORY, header={120: u32(4)}), "flags is 0x4"),
+    ("state-shape", replace(CONTEXT, header={120: u32(4)}), "flags is 0x4"),
+    ("state-shape", replace(SEQUENCE, header={120: u32(4 | 2 | 1)}), "setting"),
+    ("state-shape", replace(SEQUENCE, header={120: u32(4 | 2), 192: struct.pack("<fI", math.nan, 0)}), "setting"),
+    ("state-shape", replace(SEQUENCE, header={120: u32(4 | 2), 192: struct.pack("<fI", 1.0, 2)}), "setting"),
+    ("state-shape", replace(SEQUENCE, header={120: u32(4 | 2), 208: b"x"}), "setting"),
     ("state-shape", replace(MEMORY, header={124: b"\1"}), "flags"),
     ("state-shape", replace(MEMORY, header={192: b"text"}), "'text'"),
     ("state-shape", replace(MEMORY, header={120: u32(1), 192: b"a\0b"}), "provenance"),

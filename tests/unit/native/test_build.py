@@ -36,7 +36,7 @@ if [ -n "$BROKEN" ]; then
 fi
 echo "[3/3] Linking"
 mkdir -p "$2/bin"
-for name in llama-server llama-completion llama-bench; do
+for name in llama-server llama-completion llama-bench llama-quantize llama-gguf-split; do
     printf '#!/bin/sh\\necho "llamamem: %s"\\n' "${SAYS:-$IDENTITY}" > "$2/bin/$name"
     chmod +x "$2/bin/$name"
 done

@@ -29,13 +29,12 @@ class Died(Exception):
 
 
 class FakeChatServer:
-    """`reply(body)` is the answer to a chat completion; it may raise. `given` is what each slot's memory had before."""
+    """`reply(body)` is the answer to a chat completion; it may raise."""
 
     def __init__(self, reply: Reply = lambda body: "yes", *, slots: int = 1) -> None:
         self.reply = reply
         self.memory: dict[str, Any] | None = dict(MEMORY)
-        self.given = 0
-        self.written = [0] * slots
+        self.slots = slots
         self.asked: list[dict[str, Any]] = []
         self.erased: list[int] = []
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -58,18 +57,13 @@ class FakeChatServer:
 
     def get(self, path: str) -> Any:
         if path == "/props":
-            props: dict[str, Any] = {"model_path": "base.gguf", "total_slots": len(self.written)}
+            props: dict[str, Any] = {"model_path": "base.gguf", "total_slots": self.slots}
             return props if self.memory is None else {**props, "rwkv_ms": self.memory}
-        slots: list[dict[str, Any]] = [{"id": i} for i in range(len(self.written))]
-        if self.memory is not None:
-            for slot, written in zip(slots, self.written, strict=True):
-                slot["rwkv_ms"] = {"tokens_written": written, "norms": [1.0], "frozen": False, "scale": 1.0}
-        return slots
+        return [{"id": i} for i in range(self.slots)]
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         if path.startswith("/slots/"):
             self.erased.append(int(path[len("/slots/")]))
-            self.given = 0
             return {}
         if path == "/apply-template":
             return {"prompt": self.template(body["messages"])}
@@ -83,8 +77,9 @@ class FakeChatServer:
         self.asked.append(body)
         text = self.reply(body)[: body["max_tokens"]]
         n_prompt = len(self.template(body["messages"]))
-        self.written[body["id_slot"]] = self.given + n_prompt + len(text) - 1
+        memory = {"origin": None, "tokens_written": n_prompt + len(text) - 1, "reused": 0}
         return {
+            **({"rwkv_ms": memory} if "rwkv_ms" in body else {}),
             "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": n_prompt, "completion_tokens": len(text)},
             "timings": {"prompt_ms": 1.0},

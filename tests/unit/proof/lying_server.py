@@ -6,6 +6,7 @@ the memory on every token that was written to it. Two answers are equal only if 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
@@ -21,7 +22,7 @@ import numpy as np
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.state import MEMORY, SEQUENCE, Identity, State, encode_state, identity_of, read_state
+from llamamem.formats.state import SEQUENCE, Identity, State, decode_state, encode_state, identity_of, read_state
 from llamamem.formats.state_block import CHECKSUM, Header
 from llamamem.native import vendor
 
@@ -46,7 +47,10 @@ class Slot:
     memory: Memory = field(default_factory=Memory)
     origin: Memory = field(default_factory=Memory)
     scale: float = 1.0
+    frozen: bool = False
+    given: bool = False
     salt: int = 0  # another KV cache than that of the text
+    aside: Slot | None = field(default=None, compare=False)  # the text of requests that brought a memory along
 
     def clear(self, origin: Memory | None = None) -> None:
         self.origin = origin or Memory()
@@ -84,6 +88,7 @@ class LyingServer:
         self.slot_dir, self.log = directory / "slots", directory / "server.log"
         self.slot_dir.mkdir()
         self.asked: list[str] = []
+        self.working = threading.RLock()  # an action waits for the end of a request
         self.hold = threading.Event()  # set at the end: lets go of what hangs
         self._noise = 0
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -165,22 +170,28 @@ class LyingServer:
     def slot_list(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for slot in self.slots:
+            point = {"given": slot.given, "n_text": len(slot.text), "origin": None}
             norms = [float(slot.memory.value)] * len(self.sidecar.layers)
             memory = {"tokens_written": slot.memory.tokens, "current_state": 0, "norms": norms, "frozen": False}
             busy = slot.id > 0 and "others are busy" in self.lies
             found.append({"id": slot.id, "speculative": "speculates" in self.lies, "is_processing": busy})
             if "base only" not in self.lies and not (slot.id and "memory in slot 0 alone" in self.lies):
-                found[-1]["rwkv_ms"] = {**memory, "scale": slot.scale}
+                found[-1]["rwkv_ms"] = {**memory, **point, "frozen": slot.frozen, "scale": slot.scale}
         return found
 
     # -- what it does
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        slot = self.slots[body.get("id_slot", 0)]
+        slot, setting = self.slots[body.get("id_slot", 0)], body.get("rwkv_ms", {})
         prompt, n = body["prompt"], body["n_predict"]
-        scale = float(body.get("rwkv_ms", {}).get("scale", 1.0))
+        scale = float(setting.get("scale", 1.0))
         if "deaf to scale" in self.lies:
             scale = 1.0
+        if "memory" in setting:
+            slot.aside = slot.aside or Slot(slot.id)
+            slot, origin = slot.aside, self.decode(setting["memory"])
+            if origin != slot.origin:
+                slot.clear(origin)
         if scale != slot.scale:
             slot.clear(slot.origin)
             slot.scale = scale
@@ -221,7 +232,8 @@ class LyingServer:
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         text = " ".join(message["content"] for message in body["messages"])
-        answer = self.complete({"id_slot": body.get("id_slot", 0), "prompt": tokenize(text, True), "n_predict": 4})
+        setting = {name: body[name] for name in ("id_slot", "rwkv_ms") if name in body}
+        answer = self.complete({**setting, "prompt": tokenize(text, True), "n_predict": 4})
         message = {"role": "assistant", "content": "\n" if "silent" in self.lies else "Hello."}
         verbose = {"tokens": answer["tokens"]}
         usage = {"prompt_tokens": len(tokenize(text, True))}
@@ -234,16 +246,22 @@ class LyingServer:
                 slot.text, slot.origin = [], replace(slot.memory)
             else:
                 slot.clear()
+                slot.scale, slot.frozen, slot.given = 1.0, False, False
         elif action == "memory-set":
-            if slot.scale != 1:
-                slot.clear(slot.origin)
-                slot.scale = 1.0
-        elif action in ("save", "memory-save"):
+            slot.scale, slot.frozen = body["scale"], body["frozen"]
+        elif action == "memory-save":
             if "cannot save" in self.lies:
                 raise Refused("no space left on device", 500)
-            path.write_bytes(self.encode(slot, whole=action == "save"))
+            return {"id_slot": id_slot, "memory": base64.b64encode(self.encode(slot, whole=False)).decode()}
+        elif action == "save":
+            if "cannot save" in self.lies:
+                raise Refused("no space left on device", 500)
+            path.write_bytes(self.encode(slot, whole=True))
+        elif action == "memory-restore":
+            slot.clear(self.decode(body["memory"], slot))
+            slot.given = True
         else:
-            self.restore(slot, action, path)
+            self.restore(slot, path)
         return {"id_slot": id_slot}
 
     def encode(self, slot: Slot, *, whole: bool) -> bytes:
@@ -255,33 +273,43 @@ class LyingServer:
         alone = encode_state(State(S, prev, tokens, s.chunk, s.semantics, *self.loaded))
         return sequence_of(alone, slot.text) if whole else alone
 
-    def restore(self, slot: Slot, action: str, path: Path) -> None:
-        whole = action == "restore"
+    def decode(self, memory: str | None, slot: Slot | None = None) -> Memory:
+        """The memory in a request: of `slot`, in an action."""
+        if memory is None:
+            return Memory()
         try:
-            state = read_state(path, identity=self.loaded, kinds=(SEQUENCE,) if whole else (MEMORY,))
+            state = decode_state(base64.b64decode(memory), identity=self.loaded)
         except LlamamemError as e:
-            believed = {"state-checksum": "accepts damaged", "state-identity": "accepts foreign"}.get(str(e.reason))
-            if believed not in self.lies:
-                if "clears on refusal" in self.lies:
-                    slot.clear()
-                if "forgets on refusal" in self.lies:
-                    slot.text = []
-                if "no rollback line" not in self.lies:
-                    with self.log.open("a") as log:
-                        log.write(
-                            f"9 W rwkv-ms: slot {slot.id}: rolled back, nothing is changed: [{e.reason}] {path}\n"
-                        )
-                reason = "state-format" if "wrong reason" in self.lies and e.reason != "state-unreadable" else e.reason
-                status = 500 if "500 on refusal" in self.lies and e.reason == "state-checksum" else 400
-                raise Refused(f"Unable to restore slot: [{reason}] {e}", status) from None
+            self.refuse(e, slot, "a request")
+            return Memory()
+        return Memory(int(state.tokens_written[0, 0]), int(state.S[0, 0, 0, 0, 0, 0]))
+
+    def refuse(self, e: LlamamemError, slot: Slot | None, what: str) -> None:
+        """Raises, unless it lies."""
+        believed = {"state-checksum": "accepts damaged", "state-identity": "accepts foreign"}.get(str(e.reason))
+        if believed in self.lies:
             return
-        memory = Memory(int(state.tokens_written[0, 0]), int(state.S[0, 0, 0, 0, 0, 0]))
-        if not whole:
-            slot.clear(memory)
+        if slot is not None:
+            if "clears on refusal" in self.lies:
+                slot.clear()
+            if "forgets on refusal" in self.lies:
+                slot.text = []
+            if "no rollback line" not in self.lies:
+                with self.log.open("a") as log:
+                    log.write(f"9 W rwkv-ms: slot {slot.id}: rolled back, nothing is changed: [{e.reason}] {what}\n")
+        reason = "state-format" if "wrong reason" in self.lies and e.reason != "state-unreadable" else e.reason
+        status = 500 if "500 on refusal" in self.lies and e.reason == "state-checksum" else 400
+        raise Refused(f"Unable to restore slot: [{reason}] {e}", status) from None
+
+    def restore(self, slot: Slot, path: Path) -> None:
+        try:
+            state = read_state(path, identity=self.loaded, kinds=(SEQUENCE,))
+        except LlamamemError as e:
+            self.refuse(e, slot, str(path))
             return
         slot.clear()
         if "restore without memory" not in self.lies:
-            slot.memory = memory
+            slot.memory = Memory(int(state.tokens_written[0, 0]), int(state.S[0, 0, 0, 0, 0, 0]))
         if "restores another KV cache" in self.lies:
             slot.salt = 1
         if "stock restore" not in self.lies:  # answers 200, and processes all of the next prompt again
@@ -299,7 +327,8 @@ class LyingServer:
         if f"500 in {what}" in self.lies:
             raise Refused("out of order", 500)
         if path.startswith("/slots/"):
-            return self.act(query["action"][0], int(path.removeprefix("/slots/")), body)
+            with self.working:
+                return self.act(query["action"][0], int(path.removeprefix("/slots/")), body)
         answers: dict[str, Callable[[], Any]] = {
             "/health": lambda: {"status": "ok"},
             "/props": self.props,

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,7 +95,7 @@ def test_a_server_without_a_record_is_told_by_its_files(server: LyingServer, lla
     assert status == 1
     hints = {check["id"]: check["hint"] for check in json.loads(out)["checks"] if not check["ok"]}
     assert hints["binding"] == "give --sidecar SIDECAR.gguf" and hints["log"] == "give --log FILE"
-    assert hints["causal"] == "give --slot-dir"
+    assert hints["slot_roundtrip"] == "give --slot-dir" and "causal" not in hints, "which needs no file"
     record(server)  # with one nothing else is needed
     assert llamamem(*url)[0] == 0
 
@@ -150,3 +152,29 @@ def test_watch_reports_again_and_again_until_it_is_interrupted(server: LyingServ
     reports = [json.loads(line) for line in out.splitlines()]
     assert [report["ok"] for report in reports] == [True, False]
     assert status == 1 and err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_however_it_is_ended_the_conversation_is_put_back(server: LyingServer, number: signal.Signals) -> None:
+    """The only slot has somebody's conversation in it."""
+    run = record(server)
+    server.complete({"id_slot": 0, "prompt": [2, 50, 51, 52], "n_predict": 3})
+    before = list(server.slots[0].text)
+    moved = threading.Event()
+    complete = server.complete
+
+    def slow(body: dict[str, object]) -> dict[str, object]:
+        with server.working:
+            if server.slots[0].text != before:
+                moved.set()
+                time.sleep(0.2)
+            return complete(body)
+
+    server.complete = slow  # type: ignore[method-assign]
+    command = [sys.executable, "-m", "llamamem.cli", "health", "--run", run.run_id]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as health:
+        assert moved.wait(60)
+        health.send_signal(number)
+        _, err = health.communicate(timeout=60)
+    assert health.returncode == 128 + number and "Traceback" not in err
+    assert server.slots[0].text == before and list(server.slot_dir.iterdir()) == []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,53 +16,44 @@ Result = Any
 
 
 class FakeClient:
-    """Answers from what was told in the slot, or from the file that was restored. `kind` is what is wrong with it."""
+    """Answers from what was told in the request and from the memory in it. `kind` is what is wrong with it."""
 
-    def __init__(self, folder: Path, kind: str = "remembers") -> None:
-        self.folder, self.kind = folder, kind
+    def __init__(self, kind: str = "remembers") -> None:
+        self.kind, self.url = kind, "http://fake"
         self.known: dict[str, str] = {}
-        self.files: dict[str, dict[str, str]] = {}
-
-    def erase_slot(self, slot: int) -> None:
-        if self.kind != "never erases":
-            self.known = {}
-
-    def save_memory(self, slot: int, name: str) -> None:
-        self.files[name] = {} if self.kind == "forgets" else dict(self.known)
-        (self.folder / name).write_bytes(bytes(100))
-
-    def restore_memory(self, slot: int, name: str) -> None:
-        assert (self.folder / name).exists()
-        self.known = dict(self.files[name])
 
     def chat(self, messages: list[dict[str, str]], **kwargs: Any) -> dict[str, Any]:
-        assert kwargs["cache_prompt"] is False
+        assert kwargs["cache_prompt"] is False and "id_slot" not in kwargs
+        setting = kwargs["rwkv_ms"]
+        if self.kind != "mixes memories up":
+            self.known = {} if setting["memory"] is None else json.loads(base64.b64decode(setting["memory"]))
         for message in messages:
             for name, surname in re.findall(r"(?:this is|here is|i met|remember) (\w+) (\w+)\.", message["content"]):
                 self.known[name] = surname
         asked = re.match(r"who is (\w+)\?", messages[-1]["content"])
         said = f"that is {asked.group(1)} {self.known.get(asked.group(1), 'nobody')}." if asked else "ok."
-        return {"choices": [{"message": {"content": said}}]}
+        kept = json.dumps({} if self.kind == "forgets" else self.known).ljust(1000).encode()
+        memory = {"memory": base64.b64encode(kept).decode()} if setting.get("return_memory") else {}
+        return {"choices": [{"message": {"content": said}}], "rwkv_ms": memory}
 
 
-def measure(folder: Path, kind: str) -> RecallReport:
-    return recall(FakeClient(folder, kind), folder, rows=((8, 64),), episodes=20)  # type: ignore[arg-type]
+def measure(kind: str) -> RecallReport:
+    return recall(FakeClient(kind), rows=((8, 64),), episodes=20)  # type: ignore[arg-type]
 
 
-def test_a_server_that_remembers_passes_and_leaves_no_file(tmp_path: Path) -> None:
-    report = measure(tmp_path, "remembers")
+def test_a_server_that_remembers_passes() -> None:
+    report = measure("remembers")
     (row,) = report.rows
     assert (row.questions, row.memory, row.none) == (160, 1.0, 0.0)
-    assert row.foreign <= ALLOWED and report.ok and report.memory_bytes == 100
-    assert list(tmp_path.iterdir()) == []
+    assert row.foreign <= ALLOWED and report.ok and report.memory_bytes == 1000
 
 
-def test_a_server_that_forgets_fails(tmp_path: Path) -> None:
-    assert not measure(tmp_path, "forgets").ok
+def test_a_server_that_forgets_fails() -> None:
+    assert not measure("forgets").ok
 
 
-def test_a_server_that_remembers_without_its_memory_fails(tmp_path: Path) -> None:
-    report = measure(tmp_path, "never erases")
+def test_a_server_that_gives_one_the_memory_of_another_fails() -> None:
+    report = measure("mixes memories up")
     assert report.rows[0].none > ALLOWED and not report.ok
 
 

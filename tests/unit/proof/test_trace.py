@@ -119,7 +119,7 @@ def test_equal(compared: Callable[..., TraceComparison], server: FakeChatServer)
     assert "equal" in found.detail and found.got == SAID and found.hint is None
     (asked,) = server.asked
     assert (asked["temperature"], asked["top_k"], asked["seed"], asked["max_tokens"]) == (0.0, 1, 7, 40)
-    assert asked["cache_prompt"] is False and asked["rwkv_ms"] == {"frozen": False, "scale": 1.0}
+    assert asked["cache_prompt"] is False and asked["rwkv_ms"] == {"memory": None, "frozen": False, "scale": 1.0}
 
 
 def test_text_alone_is_enough_where_no_ids_were_recorded(compared: Callable[..., TraceComparison]) -> None:
@@ -179,12 +179,11 @@ def test_a_sampled_trace_is_asked_as_it_was(compared: Callable[..., TraceCompari
     assert server.asked[-1]["temperature"] == 0.0
 
 
-def test_a_slot_that_was_given_a_memory_proves_nothing(
+def test_a_trace_is_asked_on_an_empty_memory_whatever_the_slot_was_given(
     compared: Callable[..., TraceComparison], server: FakeChatServer
 ) -> None:
-    server.given = 5
-    with pytest.raises(LlamamemError, match="slot 0 starts its texts on a memory"):
-        compared()
+    assert compared().ok
+    assert server.asked[0]["rwkv_ms"] == {"memory": None, "frozen": False, "scale": 1.0} and server.erased == []
 
 
 def test_a_base_server_is_not_told_of_memory(compared: Callable[..., TraceComparison], server: FakeChatServer) -> None:
@@ -201,9 +200,6 @@ def test_the_command(llamamem: Callable[..., Any], server: FakeChatServer, write
     assert parted.status == 1 and "new token 7" in parted.out and repr(SAID) in parted.out
     value = json.loads(llamamem("trace", "compare", path, "--url", server.url, "--json").out)
     assert value["ok"] is False and value["first_difference"]["index"] == 7 and value["differing_token"] == 7
-    server.given = 9
-    given = llamamem("trace", "compare", path, "--url", server.url)
-    assert given.status == 2 and "--erase" in given.err and given.err.count("\n") == 1 and given.out == ""
     server.reply = lambda body: SAID
     assert llamamem("trace", "compare", path, "--url", server.url, "--erase").status == 0 and server.erased == [0]
 

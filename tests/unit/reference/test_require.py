@@ -25,7 +25,9 @@ def test_a_command_says_what_is_missing(llamamem: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(require, "find_spec", lambda name: None)
     done = llamamem(*command)
     assert done.status == 2 and done.out == ""
-    assert "needs torch and transformers: pip install 'llamamem[reference]'" in done.err and done.err.count("\n") == 1
+    assert (
+        "needs torch and transformers: run `pip install -e '.[reference]'` in" in done.err and done.err.count("\n") == 1
+    )
 
 
 def test_the_command_line_does_not_import_torch() -> None:

@@ -33,6 +33,8 @@ from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
+    dies = False
+
     def do_GET(self) -> None:
         answers = {"/health": {"status": "ok"}, "/v1/models": {"data": [{"id": "fake"}]}}
         body = json.dumps(answers.get(self.path, {})).encode()
@@ -40,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+        if self.dies and self.path == "/v1/models":
+            threading.Timer(0.6, self.server.shutdown).start()
 
     def log_message(self, *args: object) -> None:
         pass
@@ -100,8 +104,7 @@ def serve(mode: str) -> None:
     except OSError as e:
         say(f"error: couldn't bind HTTP server socket: {e.strerror}")
         sys.exit(1)
-    if mode == "dies":
-        threading.Timer(0.6, lambda: server.shutdown()).start()
+    Handler.dies = mode == "dies"
     say("fake: listening")
     server.serve_forever()
     sys.exit(7)

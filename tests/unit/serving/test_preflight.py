@@ -87,10 +87,16 @@ def test_what_is_right_passes_and_both_hashes_are_known(case: Case) -> None:
     assert (case.directory / "new" / "slots").is_dir()
 
 
-def test_a_split_base_is_refused_with_a_sidecar_only(case: Case) -> None:
-    case.base.write_bytes(gguf({**GEMMA, "split.count": 3}))
-    assert "split into several files" in refusal(case.plan())
-    preflight.check(case.plan(sidecar=None))
+def test_parts_of_a_base_that_are_missing_are_named(case: Case) -> None:
+    first = case.directory / "base-00001-of-00003.gguf"
+    first.write_bytes(gguf({**GEMMA, "split.count": 3}))
+    for plan in (case.plan(model=first), case.plan(model=first, sidecar=None)):
+        assert "base-00002-of-00003.gguf, base-00003-of-00003.gguf not among them" in refusal(plan)
+    for number in (2, 3):
+        part = case.directory / f"base-0000{number}-of-00003.gguf"
+        part.write_bytes(gguf({**GEMMA, "split.count": 3, "split.no": number - 1}))
+    preflight.check(case.plan(model=first, sidecar=None))
+    assert "give the first, base-00001-of-00003.gguf" in refusal(case.plan(model=part, sidecar=None))
 
 
 def test_the_base_is_compared_before_it_is_hashed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +105,7 @@ def test_the_base_is_compared_before_it_is_hashed(case: Case, monkeypatch: pytes
     def hashed(*args: object) -> str:
         raise AssertionError("the base was hashed")
 
-    monkeypatch.setattr(preflight, "file_sha256", hashed)
+    monkeypatch.setattr(preflight.digests, "base_sha256", hashed)
     case.base.write_bytes(case.base.read_bytes().replace(b"gemma4", b"gemma3"))
     assert "architecture is 'gemma3'" in refusal(case.plan())
 
@@ -118,6 +124,25 @@ def test_a_slot_directory_that_cannot_be_written(case: Case) -> None:
     file = case.directory / "file"
     file.touch()
     assert f"--slot-dir {file}" in refusal(case.plan(slot_dir=file))
+
+
+def test_the_slot_directory_is_the_owners_alone_also_one_that_was_there(case: Case) -> None:
+    slots = case.directory / "slots"
+    slots.mkdir()
+    slots.chmod(0o755)
+    preflight.check(case.plan(slot_dir=slots))
+    assert slots.stat().st_mode & 0o077 == 0
+
+
+def test_a_server_for_everybody_without_a_key_is_warned_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    (warning,) = preflight.check_open(case.plan(host="0.0.0.0"))
+    assert "--host 0.0.0.0 and no key" in warning and "--api-key" in warning
+    assert preflight.check_open(case.plan(host="0.0.0.0", extra=["--api-key", "x"])) == ()
+    assert preflight.check_open(case.plan(host="0.0.0.0", extra=["--api-key-file=x"])) == ()
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert preflight.check_open(case.plan(host=host)) == ()
+    monkeypatch.setenv("LLAMA_API_KEY", "x")
+    assert preflight.check_open(case.plan(host="0.0.0.0")) == ()
 
 
 def test_options_in_a_config_file_are_refused_as_on_the_command_line(case: Case) -> None:

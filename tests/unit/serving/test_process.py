@@ -35,7 +35,8 @@ def test_ready_then_stopped_in_order_and_recorded(fake_bin: Path, tmp_path: Path
         assert server.stop() == "stopped"
     record = read_run(server.record_path)
     assert record.state == "stopped" and record.ended is not None
-    assert server.record_path.stat().st_mode & 0o077 == 0
+    for path in (server.record_path, server.log_path, server.log_path.parent):
+        assert path.stat().st_mode & 0o077 == 0, path
     assert not psutil.pid_exists(record.pid)
 
 

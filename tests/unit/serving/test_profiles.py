@@ -93,7 +93,24 @@ def test_all_refused_at_once_with_the_profile_that_would_allow_each() -> None:
     assert "-t (" not in text
 
 
-@pytest.mark.parametrize("name", ["LLAMA_ARG_UBATCH", "LLAMA_ARG_NO_CACHE_PROMPT", "LLAMA_ARG_SPEC_TYPE"])
+def test_what_went_upstream_is_named_with_what_replaced_it() -> None:
+    for sidecar in (SIDECAR, None):
+        with pytest.raises(
+            LlamamemError, match=r"--mlock \(now `--load-mode mlock`\), --no-mmap \(now `--load-mode none`\)"
+        ):
+            plan(sidecar=sidecar, extra=["--mlock", "--no-mmap"])
+    assert plan(extra=["--load-mode", "mlock"]).argv[-1] == "mlock"
+
+
+def test_threads_are_those_that_are_ours_unless_they_are_named() -> None:
+    assert value(plan(threads=3).argv, "--threads") == "3"
+    for named in ({"extra": ["-t", "5"]}, {"extra": ["--threads", "5"]}, {"environ": {"LLAMA_ARG_THREADS": "5"}}):
+        assert "3" not in plan(threads=3, **named).argv
+
+
+@pytest.mark.parametrize(
+    "name", ["LLAMA_ARG_UBATCH", "LLAMA_ARG_NO_CACHE_PROMPT", "LLAMA_ARG_SPEC_TYPE", "LLAMA_ARG_ROPE_SCALE"]
+)
 def test_environment_variables_are_options_too(name: str) -> None:
     with pytest.raises(LlamamemError, match=f"{name} in the environment"):
         plan(sidecar=SIDECAR, environ={name: "1"})
@@ -102,7 +119,17 @@ def test_environment_variables_are_options_too(name: str) -> None:
 def test_fused_allows_what_is_only_slow_or_unneeded_but_not_what_is_wrong() -> None:
     allowed = ["-ub", "64", "--ctx-checkpoints", "4", "--context-shift"]
     assert plan(sidecar=SIDECAR, profile="fused", extra=allowed).argv[-5:] == tuple(allowed)
-    for wrong in (["--cache-reuse", "8"], ["--mmproj", "x"], ["--spec-default"]):
+    wrongs = (
+        ["--cache-reuse", "8"],
+        ["--mmproj", "x"],
+        ["--spec-default"],
+        ["--lora", "x"],
+        ["--control-vector", "x"],
+        ["--override-kv", "gemma4.rope.freq_base=float:1e4"],
+        ["--rope-scaling", "yarn"],
+        ["--yarn-orig-ctx", "8192"],
+    )
+    for wrong in wrongs:
         with pytest.raises(LlamamemError):
             plan(sidecar=SIDECAR, profile="fused", extra=wrong)
         assert plan(extra=wrong).argv[-len(wrong) :] == tuple(wrong)  # base: the user's own business
@@ -181,3 +208,10 @@ def test_a_table_that_contradicts_itself_is_refused(table: Any, tmp_path: Path, 
     with pytest.raises(LlamamemError) as caught:
         read_profiles(path)
     assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_web_pages_of_other_origins_are_kept_out_of_a_server_with_a_memory() -> None:
+    assert value(plan(sidecar=SIDECAR).argv, "--cors-origins") == "localhost"
+    mine = plan(sidecar=SIDECAR, extra=["--cors-origins", "https://chat.example"]).argv
+    assert value(mine, "--cors-origins") == "https://chat.example"
+    assert "--cors-origins" not in plan(sidecar=SIDECAR, environ={"LLAMA_ARG_CORS_ORIGINS": "*"}).argv

@@ -126,13 +126,15 @@ def test_binary_was_replaced_after_it_was_built(
     [
         (lambda path: path.unlink(), "no such file; check the path"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read (Is a directory)"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read (not a regular file)"),
+        (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "cannot be read (not a regular file)"),
         (lambda path: path.write_bytes(b"PK\3\4" * 20), "is not a GGUF file"),
         (lambda path: path.write_bytes(b""), "is not a GGUF file"),
         (lambda path: path.write_bytes(path.read_bytes()[:2000]), "cut short"),
         (lambda path: path.write_bytes(path.read_bytes()[:-200]), "ends at byte"),
         (lambda path: path.write_bytes(b"GGUF\1" + path.read_bytes()[5:]), "GGUF version 1 is not supported"),
     ],
-    ids=["missing", "directory", "no gguf", "empty", "header cut short", "data cut short", "version"],
+    ids=["missing", "directory", "pipe", "device", "no gguf", "empty", "header cut short", "data cut short", "version"],
 )
 def test_a_file_that_is_none(
     bench: Bench, refused: Callable[[], str], which: str, broken: Callable[[Path], Any], said: str
@@ -143,20 +145,28 @@ def test_a_file_that_is_none(
     assert f"{which} {path}: " in line and said in line
 
 
+@pytest.mark.parametrize("which, said", [("base", "is not a GGUF file"), ("sidecar", "is over 1024 MiB")])
+def test_2_gib_of_nothing(bench: Bench, refused: Callable[[], str], which: str, said: str) -> None:
+    path: Path = getattr(bench, which)
+    path.write_bytes(b"")
+    os.truncate(path, 2 << 30)
+    assert said in refused()
+
+
 @pytest.mark.parametrize("which", ["base", "sidecar"])
 def test_a_file_that_may_not_be_read(
     bench: Bench, refused: Callable[[], str], which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """root reads everything, so the file system says no by a stand-in."""
     path: Path = getattr(bench, which)
-    opened = Path.open
+    opened = os.open
 
-    def deny(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self == path:
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, *args, **kwargs)
+    def deny(name: Any, *args: Any, **kwargs: Any) -> int:
+        if name == path:
+            raise PermissionError(13, "Permission denied", str(name))
+        return opened(name, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", deny)
+    monkeypatch.setattr(os, "open", deny)
     line = refused()
     assert f"{which} {path}: " in line and "cannot be read (Permission denied)" in line
 

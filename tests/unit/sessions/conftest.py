@@ -51,4 +51,4 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
 @pytest.fixture
 def sessions(server: FakeServer, store: SessionStore) -> Iterator[Sessions]:
     with Client(server.url, timeout=5) as client:
-        yield Sessions(client, store, server.slot_dir, wait=10)
+        yield Sessions(client, store, wait=10)

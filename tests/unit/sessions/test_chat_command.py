@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_memory_server import FakeServer, Slot, refuse, talk
+from fake_memory_server import FakeServer, Learnt, Slot, refuse
 
 from llamamem.errors import LlamamemError
-from llamamem.sessions import Chat, DirectoryStore, Sessions
+from llamamem.sessions import Chat, Conflict, DirectoryStore, Sessions
 
 Run = Callable[..., Any]
 
 
 @pytest.fixture
 def chat(sessions: Sessions) -> Chat:
-    return Chat(sessions.client, slot=1, sessions=sessions)
+    return Chat(sessions.client, sessions=sessions)
 
 
 def ask(chat: Chat, text: str) -> str:
@@ -45,28 +45,53 @@ def test_an_answer_comes_in_pieces_and_is_part_of_the_text(chat: Chat, server: F
     ask(chat, "and now")
     _, request = server.asked[-1]
     assert [m["content"] for m in request["messages"]] == ["hello there", "".join(pieces), "and now"]
-    assert request["id_slot"] == 1 and request["cache_prompt"] is True
-    assert server.slots[1].tokens == 2 + 1 + 2 + 1, "what was said is not written twice"
+    assert request["cache_prompt"] is True and "id_slot" not in request
+    assert chat.memory().tokens_written == 2 + 1 + 2 + 1, "what was said is not written twice"
 
 
-def test_it_starts_on_an_empty_memory(sessions: Sessions, server: FakeServer) -> None:
-    alone = ask(Chat(sessions.client, slot=2, sessions=sessions), "hello")
+def test_a_second_chat_neither_sees_nor_disturbs_the_first_one(sessions: Sessions, server: FakeServer) -> None:
+    first, second = (Chat(sessions.client, sessions=sessions) for _ in range(2))
+    alone = ask(Chat(sessions.client, sessions=sessions), "who is anna?")
+    ask(first, "this is anna baker.")
+    first.save("anna")
+    first.load("anna")
+    ask(first, "who is anna?")
+    before = first.memory()
+    assert second.session is None and second.memory().tokens_written == 0
+    assert ask(second, "who is anna?") == alone, "as if nobody had told it"
+    assert first.memory() == before
+    assert sessions.client.completion("who is anna?")["content"] == alone, "nor does who knows nothing of chats"
+
+
+def test_a_chat_leaves_nothing_in_the_server(sessions: Sessions, server: FakeServer) -> None:
+    chat = Chat(sessions.client, sessions=sessions)
+    ask(chat, "this is anna baker.")
+    chat.save("anna")
+    chat.load("anna")
+    ask(chat, "who is anna?")
+    assert set(server.actions) == {"completion"}
+    assert not any(slot.given or slot.tokens for slot in server.slots)
+
+
+def test_a_chat_in_a_slot_of_its_choice_leaves_what_the_slot_was_given(sessions: Sessions, server: FakeServer) -> None:
+    alone = ask(Chat(sessions.client, sessions=sessions), "hello")
     sessions.start("anna")
-    sessions.turn("anna", "I keep bees", 1)
+    sessions.turn("anna", "I keep bees")
     sessions.resume("anna", 1)
     assert ask(Chat(sessions.client, slot=1, sessions=sessions), "hello") == alone
-    assert ask(Chat(sessions.client, slot=1), "hello") == alone, "nor is a slot directory needed for that"
+    assert server.asked[-1][1]["id_slot"] == 1
+    assert sessions.save("anna", 1).tokens == 4
 
 
-def test_save_and_load_carry_the_memory_and_drop_the_text(chat: Chat, server: FakeServer) -> None:
+def test_save_and_load_carry_the_memory_and_drop_the_text(chat: Chat) -> None:
     ask(chat, "I keep bees")
-    kept = server.slots[1].tokens, server.slots[1].value
+    kept = chat.memory()
     assert chat.save("anna").generation == 1
     ask(chat, "and goats")
     chat.reset()
     assert chat.memory().tokens_written == 0 and chat.messages == [] and chat.session is None
-    assert chat.load("anna").tokens == kept[0]
-    assert (server.slots[1].tokens, server.slots[1].value) == kept and chat.messages == []
+    assert chat.load("anna").tokens == kept.tokens_written
+    assert chat.memory() == kept and chat.messages == []
     remembered = ask(chat, "what do I keep?")
     chat.reset()
     assert ask(chat, "what do I keep?") != remembered, "without the memory the answer is another"
@@ -88,18 +113,45 @@ def test_another_session_is_not_overwritten_unless_forced(chat: Chat, sessions: 
     chat.save("anna")
     chat.reset()
     ask(chat, "hello")
-    with pytest.raises(LlamamemError, match="holds no session; nothing was saved"):
+    with pytest.raises(LlamamemError, match="does not go on from it; nothing was saved"):
         chat.save("anna")
     assert sessions.store.load("anna")[0].generation == 1
     assert chat.save("anna", force=True).generation == 2
 
 
-def test_a_save_that_fails_leaves_no_session_behind(chat: Chat, server: FakeServer, sessions: Sessions) -> None:
+def test_who_saved_in_between_is_not_overwritten(chat: Chat, sessions: Sessions) -> None:
     ask(chat, "I keep bees")
-    server.before["memory-save"] = refuse("disk full")
-    with pytest.raises(LlamamemError, match="disk full"):
+    chat.save("anna")
+    sessions.turn("anna", "meanwhile")
+    ask(chat, "and goats")
+    with pytest.raises(Conflict, match="generation 2 over 1"):
         chat.save("anna")
+    assert chat.save("anna", force=True).generation == 3
+
+
+def test_a_save_that_fails_leaves_no_session_behind(
+    chat: Chat, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(chat, "I keep bees")
+
+    def full(*_: object) -> None:
+        raise LlamamemError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(sessions.store), "save", full)
+        with pytest.raises(LlamamemError, match="disk full"):
+            chat.save("anna")
     assert sessions.store.entries() == [] and chat.session is None
+
+
+def test_what_was_said_until_an_interrupt_is_remembered_too(chat: Chat, server: FakeServer) -> None:
+    answer = chat.ask("hello")
+    said = ""
+    while not said:
+        said += next(answer).text
+    answer.close()
+    assert chat.save("anna").tokens == 2
+    assert server.asked[-1][1]["n_predict"] == 0 and server.asked[-1][1]["prompt"] == f"hello {said}"
 
 
 def test_a_closed_answer_stays_said_as_far_as_it_came(chat: Chat) -> None:
@@ -129,6 +181,7 @@ def test_a_server_without_a_memory_can_be_talked_to(sessions: Sessions, server: 
     chat = Chat(sessions.client, sessions=sessions, system="be brief")
     ask(chat, "hello")
     assert server.asked[-1][1]["messages"][0] == {"role": "system", "content": "be brief"}
+    assert "rwkv_ms" not in server.asked[-1][1], "which such a server would refuse"
     for use in (chat.memory, lambda: chat.save("anna"), lambda: chat.load("anna")):
         with pytest.raises(LlamamemError, match="serves no memory"):
             use()
@@ -148,7 +201,7 @@ def test_slots_that_are_not_there_and_options_of_its_own_are_refused(sessions: S
 def script(llamamem: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*lines: str, options: tuple[str, ...] = ()) -> Any:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        return llamamem("chat", "--url", server.url, "--slot-dir", server.slot_dir, *options)
+        return llamamem("chat", "--url", server.url, *options)
 
     return run
 
@@ -156,16 +209,18 @@ def script(llamamem: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -
 def test_a_script_prints_answers_and_nothing_else_to_stdout(script: Run, sessions: Sessions) -> None:
     result = script("hello there", "", "/save anna", "/reset", "hello there", "/quit", "not read")
     first, second, end = result.out.split("\n")
-    assert result.status == 0 and end == "" and first == second == talk(sessions, 2, "hello there")
+    assert result.status == 0 and end == "" and first == second == Learnt().read(["hello", "there"]).said
     assert "'anna' saved: generation 1, 3 tokens" in result.err and "forgotten" in result.err
     assert ">" not in result.out + result.err
 
 
-def test_memory_shows_what_the_slot_holds(script: Run, server: FakeServer) -> None:
-    result = script("hello there", "/save anna", "/memory", options=("--slot", "2"))
-    _, counted, norms = result.out.splitlines()
-    assert counted == "slot 2: 3 tokens written; session 'anna', generation 1"
-    assert norms == f"norm by layer: 3: {float(server.slots[2].value):.3g}"
+def test_memory_shows_whose_memory_it_is(script: Run) -> None:
+    result = script("hello there", "/memory", "/save anna", "/memory", options=("--slot", "2"))
+    said, alone, norms, counted, again = result.out.splitlines()
+    assert alone == "3 tokens written; on a memory of its own, which was empty"
+    assert counted == "3 tokens written; on the memory of session 'anna', generation 1"
+    value = Learnt().read(["hello", "there", said]).value
+    assert norms == again == f"norm by layer: 3: {float(value):.3g}"
 
 
 def test_a_session_is_begun_with_and_saved_without_its_name(script: Run, tmp_path: Path) -> None:
@@ -268,7 +323,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(server: FakeServer) -> Iterator[Terminal]:
-    terminal = Terminal("--url", server.url, "--slot-dir", str(server.slot_dir))
+    terminal = Terminal("--url", server.url)
     try:
         yield terminal
     finally:
@@ -278,7 +333,8 @@ def terminal(server: FakeServer) -> Iterator[Terminal]:
 
 
 def test_in_a_terminal_ctrl_c_interrupts_the_answer_and_ctrl_d_ends(terminal: Terminal, server: FakeServer) -> None:
-    assert "/help names the commands, Ctrl-D ends" in terminal.until("> ")
+    begun = terminal.until("> ")
+    assert "on a memory of its own, which was empty; /help names the commands, Ctrl-D ends" in begun
     piece, go_on = threading.Event(), threading.Event()
 
     def hold(number: int) -> None:
@@ -307,11 +363,23 @@ def test_in_a_terminal_ctrl_c_interrupts_the_answer_and_ctrl_d_ends(terminal: Te
     assert terminal.process.wait(30) == 0
 
 
+def test_the_prompt_names_the_session_that_is_talked_on(terminal: Terminal) -> None:
+    terminal.until("> ")
+    terminal.type("I keep bees\n")
+    terminal.until("> ")
+    terminal.type("/save anna\n")
+    assert "'anna' saved" in terminal.until("anna> ")
+    terminal.type("/reset\n")
+    assert terminal.until("> ").endswith("\n> ")
+    terminal.type("/quit\n")
+    assert terminal.process.wait(30) == 0
+
+
 def test_control_characters_of_a_model_do_not_reach_the_terminal(terminal: Terminal, server: FakeServer) -> None:
     complete = server.complete
 
-    def evil(slot: Slot, body: dict[str, Any]) -> dict[str, Any]:
-        return {**complete(slot, body), "content": "a\x1b[2Jb\nc"}
+    def evil(slot: Slot, body: dict[str, Any], *, own: bool) -> dict[str, Any]:
+        return {**complete(slot, body, own=own), "content": "a\x1b[2Jb\nc"}
 
     server.complete = evil  # type: ignore[method-assign]
     terminal.until("> ")

@@ -17,6 +17,7 @@ import filelock
 import pytest
 
 from llamamem.errors import LlamamemError
+from llamamem.formats import private
 from llamamem.sessions import DirectoryStore, Memory, directory
 
 MakeMemory = Callable[..., Memory]
@@ -61,13 +62,13 @@ def stopped_at(step: int, when: str, stop: BaseException) -> Iterator[list[str]]
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory, "os", _Os({n: wrap(n, getattr(os, n)) for n in ("open", "replace", "fsync")}))
+        patch.setattr(private, "os", _Os({n: wrap(n, getattr(os, n)) for n in ("open", "replace", "fsync")}))
         patch.setattr(Path, "unlink", wrap("unlink", Path.unlink))
         yield calls
 
 
 class _Os:
-    """The module, as directory.py alone sees it, with some functions replaced."""
+    """The module, as private.py alone sees it, with some functions replaced."""
 
     def __init__(self, replaced: dict[str, Any]) -> None:
         self.__dict__.update(replaced)
@@ -92,10 +93,11 @@ def test_a_crash_in_a_save_leaves_a_whole_session(
     committed = step > commit or (step == commit and when == "after")
     loaded, state = place.load("alice")
     assert (loaded.generation, state) == ((2, memory(2, 2).data) if committed else (1, memory(1, 1).data))
-    assert [entry.fault for entry in place.entries()] == [None]
+    assert [entry.fault for entry in place.entries(verify=True)] == [None]
     last = place.save(loaded, memory(3, 3))
     assert place.load("alice")[1] == memory(3, 3).data
-    assert files(place) == [f"{key('alice')}-{last.generation}.state", f"{key('alice')}.json"], "the rest is swept"
+    kept = [f"{key('alice')}-{last.generation - i}.state" for i in (1, 0)]
+    assert files(place) == [*kept, f"{key('alice')}.json"], "the rest is swept"
 
 
 def test_the_steps_of_a_save_are_all_of_them(place: DirectoryStore, memory: MakeMemory) -> None:
@@ -179,7 +181,7 @@ def test_a_crash_in_a_load_changes_nothing(place: DirectoryStore, memory: MakeMe
         place.load("alice")
     assert place.load("alice")[1] == memory(1, 1).data
     place.save(saved, memory(2, 2))
-    assert len(files(place)) == 2
+    assert len(files(place)) == 3
 
 
 def state_file(place: DirectoryStore) -> Path:
@@ -202,6 +204,8 @@ DAMAGES: dict[str, tuple[Callable[[DirectoryStore], Any], str]] = {
     "no state": (lambda p: state_file(p).unlink(), "state is missing"),
     "an older state": (lambda p: edit(p, generation=4), "state is missing"),
     "a directory for a state": (lambda p: (state_file(p).unlink(), state_file_named(p).mkdir()), "cannot be read"),
+    "a pipe for a state": (lambda p: (state_file(p).unlink(), os.mkfifo(state_file_named(p))), "cannot be read"),
+    "a pipe for metadata": (lambda p: (metadata_file(p).unlink(), os.mkfifo(metadata_file(p))), "cannot be read"),
     "no metadata": (lambda p: metadata_file(p).unlink(), "metadata is missing"),
     "empty metadata": (lambda p: metadata_file(p).write_bytes(b""), "metadata is damaged"),
     "cut metadata": (lambda p: os.truncate(metadata_file(p), 80), "metadata is damaged"),
@@ -230,15 +234,15 @@ def test_damage_is_listed_and_refused(place: DirectoryStore, memory: MakeMemory,
     for use in (
         lambda: place.load("alice"),
         lambda: place.save(saved, memory(3, 3)),
-        lambda: place.create("alice"),
         lambda: place.create("carol", from_="alice"),
+        *([] if damage == "no metadata" else [lambda: place.create("alice")]),  # nothing has the name then
     ):
         with pytest.raises(LlamamemError, match="'alice'") as refused:
             use()
         assert said in str(refused.value) and "llamamem session rm" in str(refused.value)
     assert place.prune(timedelta(days=-1)) == ["bob"], "what is damaged is not pruned"
     assert [name for name in before if key("bob") not in name] == files(place)
-    (entry,) = place.entries()
+    (entry,) = place.entries(verify=True)
     assert said in str(entry.fault) and ("alice" == entry.label or key("alice") in entry.label)
     if damage != "a directory for a state":
         place.remove("alice")
@@ -319,3 +323,84 @@ def test_a_quota_is_counted_by_one_writer_at_a_time(
         thread.join(60)
     assert sorted(outcomes) == ["refused"] * 5 + ["saved"] * 5
     assert limited.total_bytes() == 5 * size
+
+
+def test_a_link_that_somebody_laid_is_not_written_through(
+    place: DirectoryStore, memory: MakeMemory, tmp_path: Path
+) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    target = tmp_path / "theirs"
+    target.write_text("theirs")
+    for name in (f".{key('alice')}.json.part", f".{key('alice')}-2.state.part"):
+        (place.path / name).symlink_to(target)
+    place.save(saved, memory(2, 2))
+    assert target.read_text() == "theirs" and place.load("alice")[1] == memory(2, 2).data
+    assert not [name for name in files(place) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize("why", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_what_is_there_can_be_read_where_nothing_can_be_written(
+    place: DirectoryStore, memory: MakeMemory, why: int
+) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    with stopped_at(0, "before", OSError(why, os.strerror(why))):
+        loaded, state = place.load("alice")
+    assert state == memory(1, 1).data and loaded.used == saved.used
+
+
+def test_a_read_only_store_lists_and_loads(
+    place: DirectoryStore, memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere: the locks are what a read-only disk refuses first."""
+    place.save(place.create("alice"), memory(1, 1))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+    assert [entry.fault for entry in place.entries(verify=True)] == [None]
+    assert place.load("alice")[1] == memory(1, 1).data and place.names("a", 9) == ["alice"]
+    with pytest.raises(LlamamemError, match="Read-only file system"):
+        place.remove("alice")
+
+
+def test_rm_sweeps_what_killed_writers_left(place: DirectoryStore, memory: MakeMemory) -> None:
+    place.save(place.create("alice"), memory(1, 1))
+    place.save(place.create("bob"), memory(1, 1))
+    parts = [place.path / f".{key(name)}-2.state.part" for name in ("alice", "bob", "carol")]
+    for part in parts:
+        part.write_bytes(b"half a memory")
+        os.utime(part, (0, 0))
+    (place.path / f"{key('alice')}-7.state").write_bytes(b"a generation that nobody knows of")
+    place.remove("alice")
+    assert files(place) == sorted([f"{key('bob')}-1.state", f"{key('bob')}.json"])
+
+
+def test_a_generation_before_that_is_damaged_is_not_brought_back(place: DirectoryStore, memory: MakeMemory) -> None:
+    place.save(place.save(place.create("alice"), memory(1, 1)), memory(2, 2))
+    (place.path / f"{key('alice')}-1.state").write_bytes(b"")
+    with pytest.raises(LlamamemError, match=r"generation 1 cannot be brought back: its state is damaged.*2 stays"):
+        place.undo("alice")
+    assert place.load("alice")[0].generation == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(9))
+def test_a_crash_in_an_undo_leaves_a_whole_session(
+    place: DirectoryStore, memory: MakeMemory, step: int, when: str
+) -> None:
+    place.save(place.save(place.create("alice"), memory(1, 1)), memory(2, 2))
+    with pytest.raises(Killed), stopped_at(step, when, Killed()):
+        place.undo("alice")
+    loaded, state = place.load("alice")
+    assert (loaded.generation, state) in ((2, memory(2, 2).data), (3, memory(1, 1).data))
+    assert [entry.fault for entry in place.entries(verify=True)] == [None]
+    assert place.undo("alice").tokens in (1, 2)
+
+
+def test_a_place_for_many_keeps_its_mode(tmp_path: Path) -> None:
+    place = tmp_path / "shared"
+    place.mkdir()
+    place.chmod(0o1777)
+    DirectoryStore(place).create("alice")
+    assert place.stat().st_mode & 0o7777 == 0o1777

@@ -85,16 +85,15 @@ def test_the_store_may_be_chosen(llamamem: Run, tmp_path: Path, kind: str, monke
 def test_a_server_may_be_named_by_its_url(llamamem: Run, server: FakeServer) -> None:
     llamamem("session", "start", "alice")
     line = ["session", "resume", "alice", "--slot", "0", "--url", server.url]
-    refused = llamamem(*line)
-    assert refused.status == 2 and one_line(refused.err) and "--slot-dir" in refused.err
-    assert llamamem(*line, "--slot-dir", server.slot_dir).status == 0
+    assert llamamem(*line).status == 0
+    assert llamamem(*line, "--slot-dir", server.slot_dir).status == 0, "as it was needed once"
     both = llamamem(*line, "--run", "2026")
     assert both.status == 2 and "--run and --url" in both.err
     missing = llamamem(*line[:-2])
     assert missing.status == 2 and "no server runs" in missing.err
 
 
-def test_a_url_that_a_record_has_needs_no_slot_dir(llamamem: Run, server: FakeServer, running: RunRecord) -> None:
+def test_a_url_and_the_name_of_a_run_are_one_server(llamamem: Run, server: FakeServer, running: RunRecord) -> None:
     llamamem("session", "start", "alice")
     assert llamamem("session", "resume", "alice", "--slot", "0", "--url", f"{server.url}/").status == 0
     assert llamamem("session", "save", "alice", "--slot", "0", "--run", "20260101").status == 0
@@ -186,3 +185,62 @@ def test_errors_are_one_line_with_status_2(
     data_store(tmp_path).create("alice")
     refused = llamamem("session", *line)
     assert refused.status == 2 and one_line(refused.err) and said in refused.err and refused.out == ""
+
+
+def test_undo_and_history(llamamem: Run, tmp_path: Path, memory: Callable[..., Memory]) -> None:
+    store = data_store(tmp_path)
+    store.save(store.save(store.create("alice"), memory(1, 1)), memory(2, 2))
+    shown = llamamem("session", "history", "alice")
+    assert [line.split()[1] for line in shown.out.splitlines()] == ["2", "1"] and "2 tokens" in shown.out
+    found = json.loads(llamamem("session", "history", "alice", "--json").out)
+    assert [(g["generation"], g["tokens"]) for g in found["generations"]] == [(2, 2), (1, 1)]
+    undone = llamamem("session", "undo", "alice")
+    assert undone.status == 0 and "generation 3, 1 tokens" in undone.err
+    assert store.load("alice")[1] == memory(1, 1).data
+    store.create("bob")
+    refused = llamamem("session", "undo", "bob")
+    assert refused.status == 2 and one_line(refused.err) and "no generation before" in refused.err
+
+
+def test_the_list_has_pages(llamamem: Run, tmp_path: Path) -> None:
+    for i in range(5):
+        data_store(tmp_path).create(f"s{i}")
+    first = llamamem("session", "list", "--limit", "3")
+    assert len(first.out.splitlines()) == 4 and "--limit 3 --after s" in first.err
+    last = first.err.split()[-1]
+    second = json.loads(llamamem("session", "list", "--limit", "3", "--after", last, "--json").out)
+    assert len(second["sessions"]) == 2 and second["next"] is None
+
+
+def test_verify_reads_every_state(llamamem: Run, tmp_path: Path, memory: Callable[..., Memory]) -> None:
+    store = data_store(tmp_path)
+    store.save(store.create("alice"), memory(1, 1))
+    path = next(store.path.glob("*.state"))
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert llamamem("session", "list").status == 0
+    found = llamamem("session", "list", "--verify")
+    assert found.status == 1 and "do not have the hash" in found.out
+
+
+def test_rm_empties_the_slot_unless_it_is_kept(llamamem: Run, server: FakeServer, running: RunRecord) -> None:
+    for keep in ((), ("--keep-slot",)):
+        llamamem("session", "start", "alice")
+        llamamem("session", "resume", "alice", "--slot", "1")
+        server.slots[1].read(["some", "text"])
+        assert llamamem("session", "rm", "alice", *keep).status == 0
+        assert server.slots[1].tokens == (2 if keep else 0)
+    assert llamamem("session", "save", "alice", "--slot", "1").status == 2, "nor is it brought back"
+
+
+def test_a_save_that_does_not_continue_is_one_line_with_status_2(
+    llamamem: Run, server: FakeServer, running: RunRecord, tmp_path: Path
+) -> None:
+    llamamem("session", "start", "solo")
+    llamamem("session", "resume", "solo", "--slot", "0")
+    server.slots[0].read(["the", "first", "chat"])
+    assert llamamem("session", "save", "solo", "--slot", "0").status == 0
+    server.slots[0].text = ["a", "new", "chat", "of", "more", "words"]
+    refused = llamamem("session", "save", "solo", "--slot", "0")
+    assert refused.status == 2 and one_line(refused.err) and "--force" in refused.err
+    assert "does not begin with those 3 tokens" in refused.err
+    assert data_store(tmp_path).load("solo")[0].generation == 1

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,8 +55,9 @@ def test_damage_is_listed_and_refused(place: SqliteStore, memory: MakeMemory, da
         with pytest.raises(LlamamemError, match="'alice'") as refused:
             use()
         assert said in str(refused.value) and "llamamem session rm" in str(refused.value)
-    assert [(entry.label, bool(entry.fault)) for entry in place.entries()] == [("alice", True), ("bob", False)]
-    assert said in str(place.entries()[0].fault)
+    entries = place.entries(verify=True)
+    assert [(entry.label, bool(entry.fault)) for entry in entries] == [("alice", True), ("bob", False)]
+    assert said in str(entries[0].fault)
     assert place.prune(timedelta(days=-1)) == ["bob"]
     place.remove("alice")
     assert place.entries() == []
@@ -72,8 +74,8 @@ def test_another_programs_database_is_left_alone(place: SqliteStore) -> None:
 
 def test_a_later_version_is_refused(place: SqliteStore) -> None:
     place.create("alice")
-    execute(place, "PRAGMA user_version = 2")
-    with pytest.raises(LlamamemError, match=r"version 2.*update"):
+    execute(place, "PRAGMA user_version = 3")
+    with pytest.raises(LlamamemError, match=r"version 3.*update"):
         place.load("alice")
 
 
@@ -107,3 +109,48 @@ def test_a_lock_that_is_held_on_and_on_is_an_error(
 def test_only_the_owner_can_read(place: SqliteStore) -> None:
     place.create("alice")
     assert place.path.stat().st_mode & 0o077 == 0
+
+
+def test_a_store_of_the_first_version_goes_on(place: SqliteStore, memory: MakeMemory) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    execute(place, "ALTER TABLE session DROP COLUMN before")
+    execute(place, "PRAGMA user_version = 1")
+    assert [entry.fault for entry in place.entries(verify=True)] == [None]
+    assert place.save(saved, memory(2, 2)).generation == 2
+    assert place.undo("alice").tokens == 1
+
+
+class Full(sqlite3.Connection):
+    """Has no room for a journal beside the file."""
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        journal = super().execute("PRAGMA journal_mode").fetchone()[0]
+        if statement.split()[0] in ("DELETE", "UPDATE", "INSERT") and journal != "memory":
+            raise sqlite3.OperationalError("database or disk is full")
+        return super().execute(statement, *values)
+
+
+def test_on_a_full_disk_what_is_there_can_be_resumed_and_removed(
+    place: SqliteStore, memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = place.save(place.create("alice"), memory(1, 1))
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Full))
+    loaded, state = place.load("alice")
+    assert state == memory(1, 1).data and loaded.used == saved.used
+    with pytest.raises(LlamamemError, match="full"):
+        place.save(loaded, memory(2, 2))
+    place.remove("alice")
+    assert place.entries() == []
+
+
+def test_a_file_that_cannot_be_written_is_read(
+    place: SqliteStore, memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.save(place.create("alice"), memory(1, 1))
+    connect = sqlite3.connect  # root may write anywhere: as read-only as a file of another user
+    monkeypatch.setattr(sqlite.sqlite3, "connect", lambda name, **k: connect(name.replace("mode=rw", "mode=ro"), **k))
+    assert [entry.fault for entry in place.entries(verify=True)] == [None]
+    assert place.load("alice")[1] == memory(1, 1).data
+    with pytest.raises(LlamamemError, match="readonly"):
+        place.remove("alice")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -249,7 +253,7 @@ def test_kill_9_during_saves_leaves_a_whole_session(store: SessionStore, memory:
         loaded, state = store.load("alice")
         assert loaded.generation == loaded.tokens > last.generation
         assert state == memory(loaded.tokens, loaded.tokens).data
-        assert [entry.fault for entry in store.entries()] == [None]
+        assert [entry.fault for entry in store.entries(verify=True)] == [None]
         last = store.save(loaded, memory(loaded.generation + 1, loaded.generation + 1))
     assert store.total_bytes() == len(memory(1).data)
 
@@ -338,3 +342,111 @@ def test_open_store_reads_the_place(store: SessionStore) -> None:
     assert type(opened) is type(store) and opened.location == store.location
     store.create("alice")
     assert names(opened) == ["alice"]
+
+
+def test_undo_brings_the_generation_before_back_and_undone_twice_all_is_as_it_was(
+    store: SessionStore, memory: MakeMemory
+) -> None:
+    first = store.save(store.create("alice"), memory(1, 1))
+    second = store.save(first, memory(2, 2))
+    assert second.before is not None and (second.before.generation, second.before.tokens) == (1, 1)
+    assert second.saved is not None and second.saved == second.used
+    undone = store.undo("alice")
+    assert (undone.generation, undone.tokens, undone.saved) == (3, 1, first.saved)
+    assert store.load("alice")[1] == memory(1, 1).data
+    with pytest.raises(Conflict, match="generation 3 over 2"):
+        store.save(second, memory(9, 9))
+    assert store.undo("alice").tokens == 2 and store.load("alice")[1] == memory(2, 2).data
+    assert [entry.fault for entry in store.entries(verify=True)] == [None]
+
+
+def test_the_first_save_can_be_undone_and_none_at_all_cannot(store: SessionStore, memory: MakeMemory) -> None:
+    made = store.create("alice")
+    for use in (lambda: store.undo("alice"), lambda: store.undo("nobody")):
+        with pytest.raises(LlamamemError, match=r"no generation before|not in"):
+            use()
+    store.save(made, memory(1, 1))
+    assert store.undo("alice").state_sha256 is None and store.load("alice")[1] is None
+    copy = store.create("bob", from_="alice")
+    assert copy.before is None
+
+
+def test_only_the_generation_before_is_kept_and_the_quota_does_not_count_it(
+    make_store: MakeStore, memory: MakeMemory
+) -> None:
+    size = len(memory(1).data)
+    store = make_store(quota=size)
+    session = store.create("alice")
+    for i in range(5):
+        session = store.save(session, memory(i, i))
+    assert store.total_bytes() == size
+    assert session.before is not None and session.before.generation == 4
+
+
+def test_what_was_removed_is_in_no_file_of_the_store(store: SessionStore, memory: MakeMemory, tmp_path: Path) -> None:
+    """Neither the newest memory nor the one before, nor in pages that are free now."""
+    marks = [b"what-anna-said-%d" % i for i in range(3)]
+    session = store.create("anna")
+    for mark in marks:
+        session = store.save(session, Memory(mark * 50, 1, "5c" * 32, "ba" * 32))
+    store.create("bob")
+    store.remove("anna")
+    left = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not any(mark in left for mark in [*marks, b"anna"])
+
+
+def test_pages_follow_each_other_and_hold_every_session_once(store: SessionStore, memory: MakeMemory) -> None:
+    made = [f"session {i}" for i in range(25)]
+    for name in made:
+        store.create(name)
+    found: list[str] = []
+    while page := store.entries(after=found[-1] if found else None, limit=7):
+        assert len(page) <= 7
+        found += [entry.label for entry in page]
+    assert sorted(found) == sorted(made)
+    assert names(store) == sorted(made)
+    assert store.names("session 1", 100) == sorted(n for n in made if n.startswith("session 1"))
+    assert len(store.names("", 4)) == 4 and store.names("x", 4) == []
+
+
+def test_a_state_that_is_cut_is_listed_without_reading_states(store: SessionStore, memory: MakeMemory) -> None:
+    store.save(store.create("alice"), memory(1, 1))
+    store.save(store.create("bob"), memory(1, 1))
+    if store.location.startswith("sqlite:"):
+        with closing(sqlite3.connect(store.path)) as db, db:  # type: ignore[attr-defined]
+            db.execute("UPDATE session SET state = substr(state, 9) WHERE name = 'alice'")
+    else:
+        os.truncate(next(Path(store.location).glob(f"{hashlib.sha256(b'alice').hexdigest()}-1.state")), 9)
+    faults = {entry.label: entry.fault for entry in store.entries()}
+    assert faults["bob"] is None and "its state is damaged" in str(faults["alice"])
+
+
+def test_files_and_directories_are_the_owners_alone_also_those_that_were_there(
+    make_store: MakeStore, memory: MakeMemory, tmp_path: Path
+) -> None:
+    store = make_store()
+    store.save(store.create("alice"), memory(1, 1))
+    place = tmp_path / "store" if (tmp_path / "store").exists() else tmp_path / "store.db"
+    place.chmod(0o755 if place.is_dir() else 0o644)
+    store.save(store.create("bob"), memory(1, 1))
+    for path in (place, *place.rglob("*")):
+        if path.suffix != ".lock":  # which are empty
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.mark.parametrize("n", [2000])
+def test_listing_and_pruning_take_time_in_proportion(store: SessionStore, n: int) -> None:
+    """A quadratic store took 285 s for 10,000; four times as many may take no more than some four times as long."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert store.prune(timedelta(days=9)) == [] and store.names("session", 5)
+        store.entries()
+        return time.perf_counter() - start
+
+    for i in range(n // 4):
+        store.create(f"session {i}")
+    few = seconds()
+    for i in range(n // 4, n):
+        store.create(f"session {i}")
+    assert seconds() < 12 * few + 0.5

@@ -1,0 +1,50 @@
+"""Files and directories for their owner alone: what somebody said may be read out of a memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+
+def private_directory(path: Path) -> None:
+    """Makes it, or takes from one that is there what others may do in it.
+
+    A home, another user's and one with the sticky bit, as /tmp has it, are left as they are: they are for more.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    ours = found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX and path.resolve() != Path.home()
+    if ours and found.st_mode & 0o077:
+        path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
+
+
+def replace_private(path: Path, data: bytes) -> None:
+    """Writes beside the target, flushes and renames. The caller keeps other writers of this target away."""
+    part = path.with_name(f".{path.name}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        try:
+            fd = os.open(part, flags, 0o600)
+        except FileExistsError:  # what a crash left, or a link that somebody laid there: nothing is written through it
+            part.unlink()
+            fd = os.open(part, flags, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    flush_directory(path.parent)
+
+
+def flush_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
