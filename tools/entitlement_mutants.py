@@ -134,13 +134,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "params.has_memory = memory.is_string();",
     ),
     Mutant(
-        "children",
-        "n answers are learnt by the slots that they ran in",
-        SLOTS,
-        "child.params.rwkv_ms.is_own = false;",
-        "child.params.rwkv_ms.is_own = true;",
-    ),
-    Mutant(
         "begin-text",
         "the text of another memory stays in the slot",
         SLOTS,
@@ -205,20 +198,6 @@ MUTANTS: tuple[Mutant, ...] = (
         'data = { { "id_slot", id_slot } };',
     ),
     Mutant(
-        "reset-text",
-        "a slot that was reset keeps its text",
-        SLOTS,
-        'data = { { "id_slot", id_slot } };\n            slot = slot_memory();\n            clear();',
-        'data = { { "id_slot", id_slot } };\n            slot = slot_memory();',
-    ),
-    Mutant(
-        "restored-setting",
-        "a slot that was given a memory keeps its setting",
-        SLOTS,
-        "    slot          = slot_memory();\n    slot.origin   = origin;",
-        "    slot.text.clear();\n    slot.origin   = origin;",
-    ),
-    Mutant(
         "sleep",
         "a sleep loses the slots' memories",
         SLOTS,
@@ -242,13 +221,6 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "continues", "a save continues whatever there is", SLOTS, 'if (!data.contains("continues")) {', "if (true) {"
-    ),
-    Mutant(
-        "slot-text",
-        "a slot file of a text that is not there",
-        SLOTS,
-        "if (has_memory() && slots[id_slot].is_kept) {",
-        "if (false) {",
     ),
     # slots, and their turns
     Mutant(
