@@ -30,7 +30,7 @@ __all__ = ["app", "main"]
 VERBS = {
     "Serve": ("serve", "chat", "ps"),
     "Prove": ("health", "smoke", "eval", "trace", "demo", "recall"),
-    "Runtime": ("build", "doctor", "vendor", "fixture", "parity", "reference", "train", "bench"),
+    "Runtime": ("build", "doctor", "vendor", "fixture", "parity", "reference", "train", "bench", "lab"),
     "Sidecars and memories": ("sidecar", "session", "state"),
 }
 

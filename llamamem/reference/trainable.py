@@ -77,12 +77,14 @@ def new_adapter(spec: AdapterSpec, model: nn.Module, seed: int) -> Adapter:
         if missing := [head for head in heads if head not in widths]:
             raise LlamamemError(f"layer {layer} of the base has no {missing[0]} projection of its own")
         layers[layer] = Memory(shape, widths, heads)
-        _start(layers[layer], generator)
+        start_memory(layers[layer], generator)
     return Adapter(layers, shape, spec.config())
 
 
 @torch.no_grad()
-def _start(memory: Memory, generator: torch.Generator) -> None:
+def start_memory(memory: Memory, generator: torch.Generator) -> None:
+    """Gives a memory of zeros the values from which training starts."""
+
     def normal(tensor: Tensor, std: float) -> None:
         tensor.normal_(0.0, std, generator=generator)
 

@@ -250,6 +250,8 @@ size_t llama_rwkv_ms_seq_load_file(
     ctx->synchronize();
     return rwkv_ms_try<size_t>(__func__, 0, [&]() {
         auto file = rwkv_ms_file_read(*ctx, path, seq_id, 0);
+        // what is wrong with the block is said first, as everywhere
+        llama_rwkv_ms_block_check_data(*ctx->get_model().rwkv_ms, file.data.data() + file.i_state, file.n_state, LLAMA_RWKV_MS_BLOCK_SEQ, 1);
         if (!check(file.tokens.data(), file.tokens.size(), user_data)) {
             llama_rwkv_ms_state_fail("state-kv", "'%s' has tokens that this sequence cannot have", path);
         }

@@ -414,7 +414,10 @@ common_json server_rwkv_ms::restore(int id_slot, server_prompt & prompt, const s
         if (!has_memory() && llama_rwkv_ms_state_error()[0] == '\0') {
             clear();
         }
-        const std::string what = !restored.fault.empty() ? restored.fault : rwkv_ms_reason(id_slot, "No available space in KV cache or invalid slot save file");
+        std::string what = rwkv_ms_reason(id_slot, restored.fault.empty() ? "No available space in KV cache or invalid slot save file" : "");
+        if (!restored.fault.empty()) {
+            what += what.empty() ? restored.fault : ": " + restored.fault;
+        }
         throw std::runtime_error("Unable to restore slot: " + what);
     }
 

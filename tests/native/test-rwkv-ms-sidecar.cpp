@@ -105,7 +105,7 @@ static void test_sound() {
 
 static void test_files() {
     check(load_error(path_test.parent_path() / "none.gguf").find("[unreadable] cannot be opened") != std::string::npos, "missing file");
-    check(load_error(path_test.parent_path()).find("[unreadable] cannot be") != std::string::npos, "a directory");
+    check(load_error(path_test.parent_path()).find("[unreadable] is not a file") != std::string::npos, "a directory");
 
     expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f.clear(); }; }, "not-gguf", "is not a GGUF file");
     expect_refused([](test_sidecar & s) { s.edit_file = [](std::vector<uint8_t> & f) { f[0] = 'X'; }; }, "not-gguf", "is not a GGUF file");

@@ -53,7 +53,7 @@ def hold(**outputs: list[Any]) -> None:
     """`hold(session_list=[...])`: these outputs are as documented."""
     found = {}
     for name, given in outputs.items():
-        heading = "llamamem " + name.replace("_", " ").replace(" dry run", " --dry-run")
+        heading = "llamamem " + name.replace("_", " ").replace(" dry run", " --dry-run").replace(" probe", " --probe")
         found[heading] = json_docs.faults(given, DOCUMENTED[heading])
     assert {heading: faults for heading, faults in found.items() if faults} == {}
 
@@ -64,6 +64,7 @@ def test_the_page_has_every_command_with_json_and_no_other() -> None:
     assert {heading for heading in DOCUMENTED if heading.startswith("llamamem ")} == {
         *with_json,
         "llamamem serve --dry-run",
+        "llamamem health --probe",
     }
 
 
@@ -142,6 +143,7 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
             undone = printed("session", "undo", "anna", *store)
             printed("session", "undo", "anna", *store)
             health = printed("health")
+            probed = printed("health", "--probe")
             ps = printed("ps")
             (slots / "anna.bin").write_bytes(next((tmp_path / "store").glob("*-3.state")).read_bytes())
             pruned = printed("session", "prune", "--older-than", "0m", *store)
@@ -157,6 +159,7 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
         ps=[ps, printed("ps", "--all")],
         stop=[stopped],
         health=[health],
+        health_probe=[probed],
         eval=evaluated,
         trace_compare=traced,
         session_start=[started, branched],

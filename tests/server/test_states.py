@@ -134,6 +134,17 @@ def test_a_state_of_another_kind_of_server_is_refused(serve: Serve, tmp_path: Pa
     assert answer.status_code == 400 and "--rwkv-ms-sidecar" in answer.json()["error"]["message"]
 
 
+def test_a_slot_file_with_tokens_that_cannot_be_is_refused_with_its_reason(serve: Serve, tmp_path: Path) -> None:
+    running = serve("serial")
+    generate(running.client, random_prompt(1, 30), 2, cache_prompt=True)
+    before = running.client.save_slot(0, "good.bin"), running.client.slots()[0]["rwkv_ms"]
+    good = bytearray((tmp_path / "good.bin").read_bytes())
+    good[12 + 4 * 3 : 12 + 4 * 4] = u32(1 << 20)  # the first token: behind the vocabulary
+    (tmp_path / "bad.bin").write_bytes(edited(bytes(good), {}))
+    assert refused(running, "restore", "bad.bin") == "state-kv"
+    assert running.client.slots()[0]["rwkv_ms"] == before[1]
+
+
 @pytest.mark.parametrize("profile", ["serial", "fused", "batched"])
 def test_a_memory_goes_on_without_its_text(serve: Serve, tmp_path: Path, profile: str) -> None:
     running = serve(profile, parallel=1)

@@ -12,7 +12,7 @@ import make_cli_docs
 import pytest
 
 COMMANDS = {path: callback for path, callback, _ in make_cli_docs.commands()}
-LOOSE = ("llamamem", "llamamem sidecar", "llamamem session", "llamamem state")
+LOOSE = ("llamamem", "llamamem sidecar", "llamamem session", "llamamem state", "llamamem lab")
 
 
 @pytest.mark.parametrize("path", [*LOOSE, *COMMANDS])
