@@ -8,8 +8,10 @@ Half of them go to a server with a KV cache for each slot, half to one with a co
 After each (or each `--every`) an ordinary request must get the answer that it got at the start, and leave the same
 memory: on an empty one and on one that it brings, by turns; and /health is ok. `--server` is a build with sanitizers:
 
-    llamamem build -D CMAKE_BUILD_TYPE=RelWithDebInfo -D CMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g" \
-        -D CMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g" -D LLAMA_SANITIZE_ADDRESS=ON -D LLAMA_SANITIZE_UNDEFINED=ON
+    F="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    llamamem build -D CMAKE_BUILD_TYPE=RelWithDebInfo -D CMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
+        -D CMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g1" -D CMAKE_CXX_FLAGS="$F" -D CMAKE_C_FLAGS="$F" \
+        -D CMAKE_SHARED_LINKER_FLAGS="$F" -D CMAKE_EXE_LINKER_FLAGS="$F"
 
 Exit status: 0 nothing was wrong, 1 an answer was another, or none (the body is kept), 2 it could not be run.
 """
@@ -224,8 +226,11 @@ def started(binary: Path, profile: str, place: Path) -> Iterator[tuple[Server, P
             if (code := process.wait(timeout=60)) != 0:
                 raise Wrong(f"{profile}: the server ended with {code}")
         except Wrong as e:
-            tail = log.read_text(errors="replace").splitlines()[-40:]
-            raise Wrong("\n".join([*tail, str(e)])) from e
+            lines = log.read_text(errors="replace").splitlines()
+            found = [
+                i for i, line in enumerate(lines) if "runtime error: " in line or "ERROR: AddressSanitizer" in line
+            ]
+            raise Wrong("\n".join([*(lines[found[0] :][:25] if found else lines[-40:]), str(e)])) from e
         finally:
             process.kill()
 

@@ -174,7 +174,7 @@ llama_rwkv_ms_file llama_rwkv_ms_file_parse(std::vector<uint8_t> data, const std
     res.i_state = frame.i_state;
     res.n_state = frame.n_state;
     res.tokens.resize(frame.n_tokens);
-    memcpy(res.tokens.data(), data.data() + sizeof(rwkv_ms_head), frame.n_tokens * sizeof(llama_token));
+    std::copy_n(data.begin() + sizeof(rwkv_ms_head), frame.n_tokens * sizeof(llama_token), (uint8_t *) res.tokens.data());
     res.data = std::move(data);
     return res;
 }
