@@ -77,7 +77,7 @@ def test_mqar_says_what_it_needs(
 ) -> None:
     monkeypatch.setattr(require, "find_spec", lambda name: None)
     done = llamamem("lab", "mqar", "--output", tmp_path / "x")
-    assert done.status == 2 and "llamamem lab mqar needs torch: pip install 'llamamem[reference]'" in done.err
+    assert done.status == 2 and "llamamem lab mqar needs torch: run `pip install -e '.[reference]'`" in done.err
     assert not (tmp_path / "x").exists()
 
 
