@@ -220,7 +220,10 @@ def _draw_mqar(report: Report, path: Path) -> None:
 def _drawn(path: Path, draw) -> None:  # type: ignore[no-untyped-def]
     """A picture, where there is matplotlib: the figures are in the tables as well."""
     if find_spec("matplotlib") is None:
-        print(f"llamamem: {path.name} is left out: run `pip install -e '.[plots]'` in llamamem's checkout", file=sys.stderr)
+        print(
+            f"llamamem: {path.name} is left out: run `pip install -e '.[plots]'` in llamamem's checkout",
+            file=sys.stderr,
+        )
     else:
         draw(path)
 

@@ -19,7 +19,9 @@ def drawing(path: Path, size: tuple[float, float]) -> Iterator[Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise LlamamemError(f"{path}: pictures need matplotlib; run `pip install -e '.[plots]'` in llamamem's checkout") from None
+        raise LlamamemError(
+            f"{path}: pictures need matplotlib; run `pip install -e '.[plots]'` in llamamem's checkout"
+        ) from None
     with rc_context({"font.family": "sans-serif", "font.size": 8, "legend.fontsize": 7}):
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
