@@ -1,8 +1,8 @@
 """Whole-model fixtures: a base in Hugging Face's form and as GGUF, an adapter's checkpoint, and what came of them.
 
 `logits.npz` has the ids of each prompt (`p0_ids`) and logits [n, V]: `p0_base`; `p0_mem`, or `p0_mem_v1` and `_v2`
-where there is a config for each semantics; `_step`, in pieces; `_after_p1_kvdrop`, on the memory of another prompt with the
-KV cache dropped; `_frozen_after_p1`, the same with nothing written. The memory after it is in `p0_S`, `p0_prev`,
+where there is a config for each semantics; `_step`, in pieces; `_after_p1_kvdrop`, on the memory of another prompt with
+the KV cache dropped; `_frozen_after_p1`, the same with nothing written. The memory after it is in `p0_S`, `p0_prev`,
 `p0_pos` (`p0_v1_S`, `p0_after_p1_S`).
 """
 

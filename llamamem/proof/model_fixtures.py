@@ -148,7 +148,7 @@ def _torch(fixture: ModelFixture) -> Iterator[tuple[Case, str, Measured]]:
 def _native(
     fixture: ModelFixture, ubatches: tuple[int, ...], bin_dir: Path | None
 ) -> Iterator[tuple[Case, str, Measured]]:
-    from llamamem.formats.sidecar_export import export_sidecar
+    from llamamem.formats.sidecar.export import export_sidecar
     from llamamem.native.runtime import Context, Model, load_library
 
     gguf = fixture.gguf

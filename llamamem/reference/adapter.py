@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats import sidecar_config as cfg
 from llamamem.formats.checkpoint import Checkpoint, read_checkpoint
-from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_layout import HEADS, short_name, values
+from llamamem.formats.sidecar import HEADS, Sidecar, read_sidecar, short_name, values
+from llamamem.formats.sidecar import config as cfg
 from llamamem.formats.state import Identity, identity_of
 from llamamem.reference import torch_delta, torch_memory
 from llamamem.reference.delta_oracle import DeltaShape

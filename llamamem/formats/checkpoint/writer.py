@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.checkpoint import ADAPTER, CONFIG, METADATA
+from llamamem.formats.checkpoint.reader import ADAPTER, CONFIG, METADATA
+from llamamem.formats.checkpoint.torch_pickle import torch_pickle
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor, replacing
+from llamamem.formats.json_text import parse_json
 from llamamem.formats.sidecar import PREFIX, Sidecar
-from llamamem.formats.sidecar_config import parse_json
-from llamamem.formats.torch_pickle import torch_pickle
 
 FORMATS = ("pt", "safetensors")
 
@@ -28,12 +28,14 @@ def write_checkpoint(
     folder: str | Path,
     tensors: Iterable[GgufTensor],
     config: Mapping[str, Any],
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None,
     *,
     format: str = "pt",
     force: bool = False,
 ) -> list[Path]:
-    """Writes the three files of a checkpoint and returns their paths. The same arguments give the same bytes.
+    """Writes the files of a checkpoint and returns their paths; without metadata there is no such file.
+
+    The same arguments give the same bytes.
 
     A directory with anything in it is refused without `force`, and even then no other file is touched. All files
     are written before the first takes its place.
@@ -42,7 +44,9 @@ def write_checkpoint(
     adapter = folder / f"{ADAPTER}.{format}"
     _check_folder(folder, adapter, force)
     data = {"pt": torch_zip, "safetensors": safetensors}[format](tensors)
-    files = {adapter: data, folder / CONFIG: _json(config), folder / METADATA: _json(metadata)}
+    files = {adapter: data, folder / CONFIG: _json(config)}
+    if metadata is not None:
+        files[folder / METADATA] = _json(metadata)
     made = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
