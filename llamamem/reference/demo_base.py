@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def new_base(seed: int) -> Gemma4ForCausalLM:
     """The untrained base: 8 layers, the sixth and the last with full attention, the last two with shared KV."""
     torch.manual_seed(seed)
     vocabulary = demo_tokenizer.vocabulary()
-    config = Gemma4TextConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=len(vocabulary.tokens),
         vocab_size_per_layer_input=len(vocabulary.tokens),
         hidden_size=96,
@@ -65,6 +65,7 @@ def new_base(seed: int) -> Gemma4ForCausalLM:
         pad_token_id=demo_tokenizer.PAD,
         dtype="float32",
     )
+    config = Gemma4TextConfig(**settings)
     config._attn_implementation = "eager"
     return Gemma4ForCausalLM(config)
 
@@ -119,8 +120,9 @@ def _loss(model: Gemma4ForCausalLM, ids: Tensor, weights: Tensor, known: Tensor)
 def save_base(model: Gemma4ForCausalLM, folder: Path) -> None:
     """Writes the directory that Hugging Face reads: weights in BF16, which is exact, tokenizer and chat template."""
     vocabulary = demo_tokenizer.vocabulary()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    model.float()
+    whole: Any = model
+    whole.to(torch.bfloat16).save_pretrained(folder)
+    whole.float()
     for name, content in (
         ("tokenizer.json", demo_tokenizer.tokenizer_json(vocabulary)),
         ("tokenizer_config.json", demo_tokenizer.tokenizer_config()),

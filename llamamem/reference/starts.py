@@ -65,7 +65,7 @@ def start_delta(memory: DeltaMemory, generator: torch.Generator) -> None:
     """The same for the delta rule: few tokens are written, a read asks for what was written at the same place."""
     for name in ("memory_q_proj", "memory_v_proj"):
         memory.get_parameter(name).normal_(0.0, memory.shape.hidden**-0.5, generator=generator)
-    memory.memory_k_proj.copy_(memory.memory_q_proj)
+    memory.get_parameter("memory_k_proj").copy_(memory.get_parameter("memory_q_proj"))
     memory.get_parameter("beta_bias").fill_(_BETA_BIAS)
     if not memory.shape.couple_lambda:
         memory.get_parameter("lambda_bias").fill_(-_BETA_BIAS)
