@@ -122,7 +122,8 @@ def _torch(fixture: ModelFixture) -> Iterator[tuple[Case, str, Measured]]:
     from llamamem.reference.base import load_base
     from llamamem.reference.conversation import Conversation
 
-    base = load_base(fixture.path)
+    has_weights = any(fixture.path.glob("*.safetensors"))
+    base = load_base(fixture.path, weights=None if has_weights else fixture.gguf)
     for config in (None, *fixture.configs):
         memory = None if config is None else attach(base.model, fixture.path, config)
         for case in (case for case in fixture.cases if case.config == config):
