@@ -19,7 +19,7 @@ from llamamem.formats.base import base_files
 from llamamem.formats.gguf_file import read_gguf_index
 from llamamem.formats.outputs import check_target
 from llamamem.formats.state import decode_state, encode_state, read_state, write_state
-from llamamem.formats.state_block import is_memory_file
+from llamamem.formats.state.block import is_memory_file
 from llamamem.proof.rebase import Move, prove_move, rebase
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Saved state.", show_default=False)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_base import hash_fault
-from llamamem.formats.sidecar_compare import compare
+from llamamem.formats.sidecar.base import hash_fault
+from llamamem.formats.sidecar.compare import compare
 from llamamem.formats.state import MADE_BY_TOOL, MEMORY, Identity, State, identity_of
 from llamamem.proof.one_model import OneModel, check_one_model
 from llamamem.serving import digests

@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 from native_runs import logits_and_states, make_model
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.sidecar_copy import rebind_sidecar, zero_sidecar
+from llamamem.formats.sidecar.copy import rebind_sidecar, zero_sidecar
 from llamamem.native.build import find_build
 from llamamem.proof import one_model
 from llamamem.proof.one_model import check_one_model
@@ -92,7 +92,7 @@ def test_what_no_rounding_touches_must_be_equal(made: dict[str, Path], quantise:
             data.view(np.uint32)[7] ^= 1
 
     other = changed(made["F32"], tmp_path / "norm.gguf", one_bit)
-    with pytest.raises(LlamamemError, match="blk.3.attn_norm.weight"):
+    with pytest.raises(LlamamemError, match=r"blk\.3\.attn_norm\.weight"):
         check_one_model(made["Q4_0"], quantise(other, tmp_path / "norm-q4.gguf", "Q4_0"))
 
 
