@@ -34,7 +34,7 @@ def check(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH...", help="Layer fixtures, FILE.npz, or folders of whole models.", show_default=False
+            metavar="PATH...", help="Layer fixtures, .npz or .json, or folders of whole models.", show_default=False
         ),
     ],
     engine: Annotated[
