@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from llamamem.errors import LlamamemError
-from llamamem.formats import state_math
 from llamamem.formats.outputs import check_target
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_inspect import printable
+from llamamem.formats.sidecar.inspect import printable
 from llamamem.formats.state import KINDS, Identity, State, identity_of, read_state, write_state
-from llamamem.formats.state_block import is_memory_file
-from llamamem.formats.state_picture import draw_state, is_png
+from llamamem.formats.state import math as state_math
+from llamamem.formats.state.block import is_memory_file
+from llamamem.formats.state.picture import draw_state, is_png
 
 _MOST_NUMBERS = 4  # matrices of a layer whose norms fit a line
 _MOST_MARKS = 40  # and of which a mark each fits

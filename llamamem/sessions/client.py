@@ -15,7 +15,8 @@ from llamamem.serving.client import Client, decoded_memory, encoded_memory
 from llamamem.serving.slots import held
 from llamamem.sessions import resumed
 from llamamem.sessions.resumed import Point, Resumed
-from llamamem.sessions.session import Memory, Missing, Session, SessionStore
+from llamamem.sessions.session import Memory, Missing, Session
+from llamamem.sessions.store import SessionStore
 
 Prompt = str | list[int] | list[dict[str, Any]]
 

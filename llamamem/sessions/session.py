@@ -1,17 +1,33 @@
-"""A session: the memory of one conversation by name, outside of the server. What every store keeps and promises."""
+"""A session: a memory by name, outside of the server."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
-from typing import Literal, Protocol
+from datetime import datetime, timezone
+from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from llamamem.errors import LlamamemError
 
 MAX_NAME = 200  # characters
+
+
+class Conversation(BaseModel):
+    """The open conversation of a session: hashes that tell whether a request goes on with it, and no text.
+
+    Only the gateway looks into it (`llamamem.gateway.turns`); a store keeps it as it is.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["messages", "prompt"] = "messages"
+    id: str | None = None  # that the client gave it
+    first: str | None = None  # hash of its first user message
+    asked: str | None = None  # hash of all that was said before its last answer, without instructions
+    exchanges: tuple[str, ...] = ()  # of what was asked and answered, hashes, the newest last
+    only: bool = True  # its text now has one exchange
 
 
 class Generation(BaseModel):
@@ -26,6 +42,9 @@ class Generation(BaseModel):
     sidecar_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     base_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     saved: AwareDatetime | None = None  # None: by an older llamamem, or not yet
+    conversation: Conversation | None = None  # that is open; then the memory is that after its last answer
+    origin_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")  # of the file it began on; None: empty
+    origin_bytes: int = Field(default=0, ge=0)
 
 
 class Session(Generation):
@@ -60,55 +79,6 @@ class Entry:
     label: str
     session: Session | None
     fault: str | None = None
-
-
-class SessionStore(Protocol):
-    """Sessions by name. Names are compared as they are: case and Unicode form count.
-
-    Every change happens whole or not at all, also when the process dies in it. Where nothing can be written, what is
-    there can be read all the same: then the time of its use is lost, and nothing else. A session that is damaged is
-    listed with its fault and refused by `load` and `save`; only `remove` takes it away. With a quota (bytes of
-    states) a change that would exceed it is refused; nothing is ever removed to make room. Methods raise LlamamemError.
-    """
-
-    @property
-    def location(self) -> str:
-        """What names this store in messages, and tells it from others."""
-
-    def create(self, name: str, from_: str | None = None) -> Session:
-        """A session with no memory yet, or with a copy of the memory of another. The name must be free."""
-
-    def load(self, name: str) -> tuple[Session, bytes | None]:
-        """The session, with `used` set to now, and its state file (None: nothing was saved yet)."""
-
-    def save(self, session: Session, memory: Memory) -> Session:
-        """Replaces the state of `session`, which is as `create`, `load` or `save` gave it; returns its next version.
-
-        The state that was replaced is kept as the generation before, and the one before that is gone. Raises Conflict
-        when the store has another version by now.
-        """
-
-    def undo(self, name: str) -> Session:
-        """Saves the generation before once more, as the next one. Undone twice, all is as it was."""
-
-    def entries(self, *, after: str | None = None, limit: int | None = None, verify: bool = False) -> list[Entry]:
-        """The sessions, the damaged ones included: all of them by name, or a page of them.
-
-        A page has up to `limit` that follow the label `after` in the store's own order. Without `verify` states are
-        not read: one that has another length than it must have is found, one with other bytes is not.
-        """
-
-    def names(self, start: str, limit: int) -> list[str]:
-        """Up to so many names that start so."""
-
-    def remove(self, name: str) -> None:
-        """Removes the session, damaged or not, and every copy of its memory."""
-
-    def prune(self, older_than: timedelta) -> list[str]:
-        """Removes what was not used for that long, but for what is damaged; the names of the removed."""
-
-    def total_bytes(self) -> int:
-        """Bytes of the newest state of each session, what the quota counts."""
 
 
 class Conflict(LlamamemError):
@@ -151,10 +121,17 @@ def new_session(name: str, source: Session | None) -> Session:
     if source is None:
         return Session(name=name, created=time, used=time)
     own = {"name": name, "created": time, "used": time, "generation": 0, "parent": source.name, "before": None}
-    return source.model_copy(update=own)
+    closed = {"conversation": None, "origin_sha256": None, "origin_bytes": 0}
+    return source.model_copy(update=own | closed)
 
 
-def next_version(found: Session, loaded: Session, memory: Memory) -> Session:
+def next_version(
+    found: Session,
+    loaded: Session,
+    memory: Memory,
+    conversation: Conversation | None = None,
+    origin: bytes | None = None,
+) -> Session:
     """What `save` makes of the version that the store has. Raises Conflict when that is not the loaded one."""
     if (found.created, found.generation) != (loaded.created, loaded.generation):
         raise Conflict(loaded, found)
@@ -167,6 +144,9 @@ def next_version(found: Session, loaded: Session, memory: Memory) -> Session:
         sidecar_sha256=memory.sidecar_sha256,
         base_sha256=memory.base_sha256,
         saved=time,
+        conversation=conversation,
+        origin_sha256=None if origin is None else hashlib.sha256(origin).hexdigest(),
+        origin_bytes=len(origin or b""),
     )
     return _succeeded(found, saved, time)
 

@@ -15,7 +15,7 @@ import pytest
 from native_runs import continue_after, logits, logits_and_states, logits_in_steps
 
 from llamamem.formats.sidecar import read_sidecar
-from llamamem.formats.sidecar_copy import rebind_sidecar, zero_sidecar
+from llamamem.formats.sidecar.copy import rebind_sidecar, zero_sidecar
 from llamamem.native import cpu
 from llamamem.native.build import find_build
 from llamamem.native.runtime import State
