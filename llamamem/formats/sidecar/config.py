@@ -59,6 +59,9 @@ FIXED: dict[str, Any] = {
     "latent_memory_layers": [],
 }
 
+# what a member that is not there means
+ABSENT: dict[str, Any] = FIXED | {"rwkv_ms_semantics_version": 1, "rwkv_ms_state_dtype": "f32"}
+
 # cannot change the maths: values at the start of training, options of training, figures of features that are off
 INERT: dict[type, set[str]] = {
     float: {
