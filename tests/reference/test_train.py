@@ -76,14 +76,14 @@ def test_smoke_holds(request_: train_run.Request) -> None:
 
 
 def test_smoke_fails_when_the_memory_is_not_heard(request_: train_run.Request) -> None:
-    trainer = train_run._trainer(request_, None)
+    trainer = train_run.trainer_of(request_)
     trainer.handle.scale = 0.0
     failed = {check.what for check in train_smoke(trainer) if not check.ok}
     assert {"every tensor in use has a gradient", "every tensor in use moved"} <= failed
 
 
 def test_smoke_fails_when_nothing_is_written(request_: train_run.Request) -> None:
-    trainer = train_run._trainer(request_, None)
+    trainer = train_run.trainer_of(request_)
     trainer.handle.frozen = True
     assert "the memory was written" in {check.what for check in train_smoke(trainer) if not check.ok}
 
@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_another(request_: trai
 
 def test_segments_change_what_is_attended_to_and_not_what_is_remembered(request_: train_run.Request) -> None:
     """A gradient over two segments is not that of each alone; with one in sight it is cut and training still goes."""
-    trainers = [train_run._trainer(replace(request_, segment=16, bptt=bptt), None) for bptt in (0, 1)]
+    trainers = [train_run.trainer_of(replace(request_, segment=16, bptt=bptt)) for bptt in (0, 1)]
     losses = [trainer.train_step().loss for trainer in trainers]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     gradients = [[p.grad.clone() for p in trainer.parameters if p.grad is not None] for trainer in trainers]
@@ -182,13 +182,13 @@ def test_the_command(llamamem: Callable[..., Any], base: Path, tmp_path: Path) -
 
 def test_weight_decay_is_of_matrices_alone(request_: train_run.Request) -> None:
     def after_a_step(weight_decay: float) -> tuple[dict[str, torch.Tensor], float]:
-        trainer = train_run._trainer(replace(request_, weight_decay=weight_decay), None)
+        trainer = train_run.trainer_of(replace(request_, weight_decay=weight_decay))
         trainer.train_step()
         named = dict(trainer.handle.layers.named_parameters())
         return {name: p.detach().clone() for name, p in named.items()}, trainer.optimizer.param_groups[0]["lr"]
 
     (without, lr), (decayed, _) = after_a_step(0.0), after_a_step(0.5)
-    start = dict(train_run._trainer(request_, None).handle.layers.named_parameters())
+    start = dict(train_run.trainer_of(request_).handle.layers.named_parameters())
     for name, p in without.items():
         trained = not torch.equal(p, start[name])  # what is read by nothing has no gradient
         expected = p - lr * 0.5 * start[name].detach() if trained and p.ndim > 1 else p
