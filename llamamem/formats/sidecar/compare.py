@@ -14,6 +14,7 @@ from llamamem.formats.checkpoint import read_checkpoint
 from llamamem.formats.checkpoint.writer import checkpoint_tensors
 from llamamem.formats.gguf_file import GgufTensor
 from llamamem.formats.sidecar import read_sidecar, short_name, values
+from llamamem.formats.sidecar.layout import SOURCE_PREFIX, source_prefix
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class _Side:
             sidecar = read_sidecar(path)
             tensors, config, base = checkpoint_tensors(sidecar), sidecar.config, sidecar.base_sha256
         texts = {key: json.dumps(value, sort_keys=True) for key, value in config.items()}
-        return cls({short_name(name): tensor for name, tensor in tensors.items()}, texts, base)
+        prefix = source_prefix(tensors) or SOURCE_PREFIX
+        return cls({short_name(name, True, prefix): tensor for name, tensor in tensors.items()}, texts, base)
 
 
 def _tensor_difference(name: str, a: GgufTensor | None, b: GgufTensor | None) -> TensorDifference | None:
