@@ -12,7 +12,7 @@
 
 struct llama_model;
 
-enum llama_adapter_mem_kind {
+enum llama_adapter_mem_kind : int {
     LLAMA_ADAPTER_MEM_KIND_RWKV_MS,
     LLAMA_ADAPTER_MEM_KIND_DELTA_RULE,
 };
