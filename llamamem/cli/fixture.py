@@ -30,7 +30,9 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.npz...", help="Layer fixtures.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Layer fixtures, .npz or .json.", show_default=False)
+    ],
     engine: Annotated[
         Engine, typer.Option(help="The NumPy oracle, the compiled op, both, or the PyTorch reference.")
     ] = Engine.numpy,

@@ -222,7 +222,8 @@ def rebind(
     _report(sidecar)
     typer.echo(
         "not proven: that the weights of this base are of the training that the memory belongs to; only figures were "
-        f"compared. Next: llamamem smoke --model {base} --sidecar {output}",
+        f"compared. Next: llamamem smoke --model {base} --sidecar {output}; memories go along with `llamamem session "
+        "rebase`",
         err=True,
     )
 

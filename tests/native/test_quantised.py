@@ -40,19 +40,6 @@ class Quantised:
     plain_sidecar: Path
 
 
-@pytest.fixture(scope="module")
-def quantise() -> Callable[[Path, Path, str], Path]:
-    program = find_build().bin_dir / "llama-quantize"
-
-    def run(source: Path, made: Path, kind: str) -> Path:
-        command = [program, "--allow-requantize", source, made, kind, "1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return made
-
-    return run
-
-
 @pytest.fixture(scope="module", params=TYPES)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)

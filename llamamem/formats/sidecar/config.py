@@ -127,6 +127,12 @@ _LISTS: dict[str, tuple[Collection[str], Mapping[str, Any], Mapping[type, set[st
     "delta_rule": (DELTA_DEFAULTS.keys(), _DELTA_FIXED, _DELTA_INERT),
 }
 
+# what a member that is not there means
+ABSENT: dict[str, dict[str, Any]] = {
+    "rwkv_ms": FIXED | {"rwkv_ms_semantics_version": 1, "rwkv_ms_state_dtype": "f32"},
+    "delta_rule": _DELTA_FIXED | DELTA_DEFAULTS,
+}
+
 _WHY = {
     ("memory_write_granularity", mode): (
         "writes once for a whole message or sentence, with the mean of its tokens, and a batch of the runtime does not "

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFValueType
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.base import ROWS, AttentionLayer, BaseModel, base_sha256, file_sha256, read_base
 from llamamem.formats.checkpoint import METADATA, Checkpoint, read_checkpoint
 from llamamem.formats.findings import quoted
-from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf_index, write_gguf
+from llamamem.formats.gguf_file import ALIGNMENT, GgufField, GgufTensor, read_gguf_index, write_gguf
 from llamamem.formats.outputs import check_manifest_target, check_sidecar_target, write_json
 from llamamem.formats.sidecar import config as cfg
 from llamamem.formats.sidecar.base import Needs, model_faults, needs_of
@@ -266,8 +267,24 @@ def _compose(
     types = TYPES_3[plan.kind] if plan.is_3 else TYPES
     never = {"rope_head_dim", "adapter_metadata_json", "omitted_tensors_json"}
     kept = {k: v for k, v in values.items() if k in types and not (k in never and v is None)}
-    fields = {"general.architecture": GgufField(TYPES["schema"], ARCHITECTURE_3 if plan.is_3 else ARCHITECTURE)}
+    architecture = ARCHITECTURE_3 if plan.is_3 else ARCHITECTURE
+    fields = _general(architecture, values["base_model"], checkpoint_repo)
     return fields | {(PREFIX_3 if plan.is_3 else PREFIX) + k: GgufField(types[k], v) for k, v in kept.items()}
+
+
+def _general(architecture: str, base_model: str, checkpoint_repo: str) -> dict[str, GgufField]:
+    """What every reader of GGUF shows of a file; a repository has a key there if it is given as an address."""
+    texts = {
+        "general.name": f"memory for {base_model}",
+        "general.description": "A memory adapter, a sidecar of the base model that it names",
+    }
+    if "://" in checkpoint_repo:
+        texts["general.source.repo_url"] = checkpoint_repo
+    return {
+        "general.architecture": GgufField(GGUFValueType.STRING, architecture),
+        "general.alignment": GgufField(GGUFValueType.UINT32, ALIGNMENT),
+        **{key: GgufField(GGUFValueType.STRING, text) for key, text in texts.items()},
+    }
 
 
 def _attention(layer: AttentionLayer, heads: list[Any], tensors: dict[str, tuple[str, GgufTensor]]) -> dict[str, Any]:
