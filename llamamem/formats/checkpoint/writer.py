@@ -35,9 +35,9 @@ def write_checkpoint(
     format: str = "pt",
     force: bool = False,
 ) -> list[Path]:
-    """Writes the files of a checkpoint and returns their paths. The same arguments give the same bytes.
+    """Writes the files of a checkpoint and returns their paths; without metadata, as in one of delta-mem, there is no such file.
 
-    `metadata` None: there is no such file, as in a checkpoint of delta-mem.
+    The same arguments give the same bytes.
 
     A directory with anything in it is refused without `force`, and even then no other file is touched. All files
     are written before the first takes its place.
