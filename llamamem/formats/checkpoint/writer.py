@@ -35,7 +35,7 @@ def write_checkpoint(
     format: str = "pt",
     force: bool = False,
 ) -> list[Path]:
-    """Writes the files of a checkpoint and returns their paths; without metadata, as in one of delta-mem, there is no such file.
+    """Writes the files of a checkpoint and returns their paths; without metadata (delta-mem) there is no such file.
 
     The same arguments give the same bytes.
 
