@@ -11,7 +11,8 @@ import torch
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import replacing
-from llamamem.reference.adapter import RWKV_MS, Adapter, read_adapter
+from llamamem.formats.sidecar.layout import RWKV_MS
+from llamamem.reference.adapter import Adapter, read_adapter
 from llamamem.reference.attach import attach
 from llamamem.reference.base import load_base
 from llamamem.reference.chat_tokens import ChatTokens
@@ -35,7 +36,7 @@ class Request:
     weight_decay: float = 0.2
     segment: int = 256
     bptt: int = 0
-    memory: str = RWKV_MS  # one of adapter.KINDS
+    memory: str = RWKV_MS  # one of sidecar.layout.MEMORY_KINDS
     start: str = RECALL  # one of starts.STARTS
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     rank: int = 8

@@ -69,8 +69,10 @@ def test_the_recurrence_is_what_autograd_says_of_the_loop() -> None:
     assert torch.allclose(found, torch.stack(history)) and torch.allclose(last, S)
 
 
-def test_smoke_holds(request_: train_run.Request) -> None:
-    checks = train_run.smoke(request_)
+@pytest.mark.parametrize("start", ["recall", "original"])
+@pytest.mark.parametrize("memory", ["rwkv_ms", "delta_rule"])
+def test_smoke_holds(request_: train_run.Request, memory: str, start: str) -> None:
+    checks = train_run.smoke(replace(request_, memory=memory, start=start))
     assert all(check.ok for check in checks), checks
     assert not request_.output.exists()
 
@@ -128,14 +130,26 @@ def test_segments_change_what_is_attended_to_and_not_what_is_remembered(request_
     assert any(not torch.allclose(x, y, atol=1e-9) for x, y in zip(*gradients, strict=True))
 
 
-def test_the_checkpoint_becomes_a_sidecar_and_comes_back_exactly(request_: train_run.Request, tmp_path: Path) -> None:
-    train_run.run(replace(request_, stages=(Stage(2, 8, 1, 2),)))
+@pytest.mark.parametrize(
+    ("memory", "files"),
+    [
+        ("rwkv_ms", ["adapter_metadata.json", "delta_mem_adapter.safetensors"]),
+        ("delta_rule", ["delta_mem_adapter.pt"]),  # as delta-mem has it
+    ],
+)
+def test_the_checkpoint_becomes_a_sidecar_and_comes_back_exactly(
+    request_: train_run.Request, tmp_path: Path, memory: str, files: list[str]
+) -> None:
+    train_run.run(replace(request_, memory=memory, stages=(Stage(2, 8, 1, 2),)))
+    made = sorted(path.name for path in request_.output.iterdir())
+    assert made == [*files, "delta_mem_config.json", "trainer_state.pt"]
     model = tmp_path / "base.gguf"
     convert_base(request_.base, model, "base")
     export_sidecar(request_.output, model, tmp_path / "memory.gguf")
     trained, exported = (read_adapter(path) for path in (request_.output, tmp_path / "memory.gguf"))
-    for layer, memory in trained.layers.items():
-        for name, tensor in memory.state_dict().items():
+    assert trained.kind == exported.kind == memory
+    for layer, module in trained.layers.items():
+        for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, exported.layers[layer].state_dict()[name])
 
 
