@@ -23,7 +23,9 @@ from llamamem.sessions.session import Generation
 Store = Annotated[
     str | None,
     typer.Option(
-        metavar="DIR|sqlite:FILE", envvar="LLAMAMEM_SESSIONS", help="Where sessions are kept; else in the user's data."
+        metavar="STORE",
+        envvar="LLAMAMEM_SESSIONS",
+        help="Where sessions are kept: a directory, sqlite:FILE, valkey:// or postgresql://; else in the user's data.",
     ),
 ]
 Quota = Annotated[
