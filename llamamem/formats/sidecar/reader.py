@@ -1,0 +1,113 @@
+"""The sidecar GGUF: reading one, and everything that it is refused for. docs/sidecar.md is what it must be.
+
+Both format versions, semantics 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamamem.errors import LlamamemError
+from llamamem.formats.findings import Enough, Finding, Findings
+from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf
+from llamamem.formats.sidecar.base import check_base
+from llamamem.formats.sidecar.keys import Said, read_keys
+from llamamem.formats.sidecar.layout import (
+    ARCHITECTURE,
+    Sidecar,
+)
+from llamamem.formats.sidecar.tensors import check_tensors
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is wrong with a sidecar; `sidecar` is None if it is the file itself, not only its base."""
+
+    sidecar: Sidecar | None
+    findings: tuple[Finding, ...]
+
+
+def read_sidecar(path: str | Path) -> Sidecar:
+    """Reads and checks a sidecar file, without its base.
+
+    Raises LlamamemError with the reason of the first fault, naming the file and the key or tensor.
+    """
+    path, faults = Path(path), Findings(limit=1)
+    with _refusing(path, faults):
+        content = faults.attempt(read_gguf, path, ARCHITECTURE)
+        assert content is not None
+        return _checked(path, *content, faults)
+
+
+def check_sidecar(path: Path, fields: dict[str, GgufField], tensors: dict[str, GgufTensor]) -> Sidecar:
+    """The same for keys and tensors that are in no file yet. `path` is only named in errors."""
+    faults = Findings(limit=1)
+    with _refusing(path, faults):
+        return _checked(path, fields, tensors, faults)
+
+
+def validate_sidecar(
+    path: str | Path, base: str | Path | None = None, progress: Callable[[int], None] | None = None
+) -> Validation:
+    """All that is wrong with a sidecar: at most 1000 findings, in the order of docs/sidecar.md.
+
+    With `base` also what is wrong with that; `progress` is told its bytes as they are hashed. Raises LlamamemError
+    without a reason if the base cannot be read.
+    """
+    path, faults = Path(path), Findings()
+    sidecar = None
+    with suppress(Enough):
+        content = faults.attempt(read_gguf, path, ARCHITECTURE)
+        said = None if content is None else read_keys(content[0], faults)
+        if content is not None and said is not None:
+            hidden = check_tensors(said, content[1], faults)
+            if not faults.found:
+                sidecar = _sidecar(path, *content, said, hidden)
+            if base is not None:
+                check_base(path, said, hidden, Path(base), faults, progress)
+    return Validation(sidecar, tuple(faults.found))
+
+
+@contextmanager
+def _refusing(path: Path, faults: Findings) -> Iterator[None]:
+    try:
+        yield
+    except Enough:
+        first = faults.found[0]
+        raise LlamamemError(f"{path}: [{first.reason}] {first.message}", reason=first.reason) from None
+
+
+def _checked(path: Path, fields: dict[str, GgufField], tensors: dict[str, GgufTensor], faults: Findings) -> Sidecar:
+    """Of `faults` that end with the first one: what is returned has none."""
+    said = read_keys(fields, faults)
+    assert said is not None
+    return _sidecar(path, fields, tensors, said, check_tensors(said, tensors, faults))
+
+
+def _sidecar(
+    path: Path, fields: dict[str, GgufField], tensors: dict[str, GgufTensor], said: Said, hidden: int | None
+) -> Sidecar:
+    assert hidden is not None and said.delta_heads is not None and said.layers is not None
+    return Sidecar(
+        path=path,
+        format_version=said.format_version,
+        semantics=said.semantics,
+        rank=said.sizes["rank"],
+        heads=said.sizes["num_state_heads"],
+        states=said.sizes["rwkv_ms_num_states"],
+        chunk=said.sizes["rwkv_ms_chunk_size"],
+        alpha=said.alpha,
+        erase_gate=said.erase_gate,
+        update_mode=said.update_mode,
+        couple_lambda=said.couple_lambda,
+        hidden=hidden,
+        delta_heads=tuple(said.delta_heads),
+        layers=tuple(layer for layer in said.layers.values() if layer is not None),
+        base_sha256=said.base_sha256,
+        config=said.config,
+        fields=fields,
+        tensors=tensors,
+    )
