@@ -30,7 +30,8 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.package: pyproject.toml | $(VENV)/.venv
+# again where a package is new: the editable install has a list of them
+$(VENV)/.package: pyproject.toml $(wildcard llamamem/*/__init__.py llamamem/*/*/__init__.py) | $(VENV)/.venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev]'
 	@touch $@
 

@@ -3,6 +3,7 @@
 
 set(LLAMAMEM_AMX_PROBE "${CMAKE_CURRENT_LIST_DIR}/amx-probe.cpp" CACHE FILEPATH "llamamem: the program that tries AMX")
 mark_as_advanced(LLAMAMEM_AMX_PROBE)
+set(LLAMAMEM_NO_AMX -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 # Before the tree is added: sets LLAMAMEM_AMX to what became of AMX, empty where nobody asked for it.
 # `-march=native` alone is probed; who names AMX with GGML_AMX_INT8 may be building for another machine.
@@ -50,7 +51,9 @@ function(llamamem_try_amx)
     endif()
     set(LLAMAMEM_AMX "left out: ${WHY}" PARENT_SCOPE)
     # beats -march=native wherever it stands on the command line
-    add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:-mno-amx-tile;-mno-amx-int8;-mno-amx-bf16>")
+    foreach (FLAG IN LISTS LLAMAMEM_NO_AMX)
+        add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:${FLAG}>")
+    endforeach()
 endfunction()
 
 # After the tree was added: the record, beside the binaries and wherever they are copied to.
@@ -58,7 +61,7 @@ function(llamamem_record_cpu)
     get_target_property(FLAGS ggml-cpu COMPILE_OPTIONS)
     list(FILTER FLAGS INCLUDE REGEX "^-m[^;]*$")
     if (LLAMAMEM_AMX MATCHES "^left out")
-        list(APPEND FLAGS -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+        list(APPEND FLAGS ${LLAMAMEM_NO_AMX})
     endif()
     separate_arguments(GIVEN UNIX_COMMAND "${CMAKE_CXX_FLAGS}")
     execute_process(

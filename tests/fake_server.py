@@ -21,7 +21,7 @@ from entitled.wire import NoAnswer, Reply
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.state import State, encode_state
-from llamamem.formats.state_block import read_raw
+from llamamem.formats.state.block import read_raw
 
 FAULTS = {
     "sticky": "a slot's memory answers requests that name none",

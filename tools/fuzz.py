@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "fuzz"
 CORPUS, FINDINGS = PLACE / "corpus", PLACE / "findings"
 TARGET = "fuzz-rwkv-ms-sidecar"
-READER_TEST = "tests/unit/formats/test_reader_fuzz.py"
+READER_TEST = "tests/unit/formats/sidecar/test_reader_fuzz.py"
 
 _PROBE = """#include <stddef.h>
 #include <stdint.h>

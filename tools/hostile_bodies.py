@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llamamem.formats.state_block import CHECKSUM, TRAILER, VERSION
+from llamamem.formats.state.block import CHECKSUM, TRAILER, VERSION
 
 GENERATE = {
     "/completion": {"prompt": "this is kate wolf.", "n_predict": 3},

@@ -21,9 +21,9 @@ import gguf
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats import checkpoint_write
+from llamamem.formats.checkpoint import writer as checkpoint_write
 from llamamem.formats.gguf_file import GgufTensor
-from llamamem.formats.tensor_types import bf16
+from llamamem.formats.sidecar.tensor_types import bf16
 
 # A tensor is given by its name, its shape (torch order), the mean and the deviation of its random values.
 Spec = tuple[str, tuple[int, ...], float, float]

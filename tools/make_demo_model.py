@@ -19,7 +19,7 @@ from typing import TextIO
 from llamamem.errors import LlamamemError
 from llamamem.formats.base import file_sha256
 from llamamem.formats.demo_files import ADAPTER, BASE, MODEL, SIDECAR
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
 from llamamem.reference.gguf_base import convert_base
 from llamamem.reference.require import require_torch
 

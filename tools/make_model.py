@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Type
 from make_checkpoint import Memory, Spec, normal, write_checkpoint
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
 
 
 @dataclass(frozen=True)

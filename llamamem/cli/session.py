@@ -15,6 +15,7 @@ import platformdirs
 import typer
 
 from llamamem.cli.completion import run_names, session_names
+from llamamem.cli.rebase import rebase_sessions
 from llamamem.errors import LlamamemError
 from llamamem.sessions import Session, Sessions, SessionStore, open_store
 from llamamem.sessions.resumed import release, sweep
@@ -60,6 +61,7 @@ def register(app: typer.Typer) -> None:
     group.command("list")(list_sessions)
     group.command("history")(history)
     group.command("undo")(undo)
+    group.command("rebase")(rebase_sessions)
     group.command("rm")(remove)
     group.command("prune")(prune)
     app.add_typer(group, name="session")

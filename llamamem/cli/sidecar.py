@@ -16,13 +16,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from llamamem.formats.checkpoint_write import materialize as write_back
+from llamamem.formats.checkpoint.writer import materialize as write_back
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_compare import Comparison
-from llamamem.formats.sidecar_compare import compare as compare_sidecars
-from llamamem.formats.sidecar_copy import rebind_sidecar, zero_sidecar
-from llamamem.formats.sidecar_export import export_sidecar
-from llamamem.formats.sidecar_inspect import Inspection, inspect_sidecar, printable
+from llamamem.formats.sidecar.compare import Comparison
+from llamamem.formats.sidecar.compare import compare as compare_sidecars
+from llamamem.formats.sidecar.copy import rebind_sidecar, zero_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
+from llamamem.formats.sidecar.inspect import Inspection, inspect_sidecar, printable
 from llamamem.proof.sidecar import check_sidecar_file
 
 _MOST_FINDINGS = 8  # of a summary, which is to fit a screen
@@ -222,7 +222,8 @@ def rebind(
     _report(sidecar)
     typer.echo(
         "not proven: that the weights of this base are of the training that the memory belongs to; only figures were "
-        f"compared. Next: llamamem smoke --model {base} --sidecar {output}",
+        f"compared. Next: llamamem smoke --model {base} --sidecar {output}; memories go along with `llamamem session "
+        "rebase`",
         err=True,
     )
 

@@ -15,22 +15,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from llamamem.cli.rebase import rebase_state
 from llamamem.errors import LlamamemError
-from llamamem.formats import state_math
 from llamamem.formats.outputs import check_target
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_inspect import printable
+from llamamem.formats.sidecar.inspect import printable
 from llamamem.formats.state import KINDS, Identity, State, identity_of, read_state, write_state
-from llamamem.formats.state_block import is_memory_file
-from llamamem.formats.state_picture import draw_state, is_png
+from llamamem.formats.state import math as state_math
+from llamamem.formats.state.block import is_memory_file
+from llamamem.formats.state.picture import draw_state, is_png
 
 _MOST_NUMBERS = 4  # matrices of a layer whose norms fit a line
 _MOST_MARKS = 40  # and of which a mark each fits
-
-_NO_REBASE = (
-    "a state cannot be moved to another sidecar or base: its numbers are in the coordinates of the weights that made "
-    "them and mean nothing to others; let the new model read the conversation's text again, and save its state"
-)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Saved state.", show_default=False)]
 Output = Annotated[Path, typer.Option(metavar="FILE", help="Memory-only state to write.", show_default=False)]
@@ -45,10 +41,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Show, compare, blend and check saved memories.", no_args_is_help=True)
     for verb in (show, diff, blend, decay, verify):
         group.command()(verb)
-    group.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        short_help="Refused: a state belongs to its sidecar and base.",
-    )(rebase)
+    group.command("rebase")(rebase_state)
     app.add_typer(group, name="state")
 
 
@@ -153,14 +146,6 @@ def verify(
         typer.echo(json.dumps({"ok": ok, "files": results}, allow_nan=False))
     if not ok:
         raise typer.Exit(2)
-
-
-def rebase() -> None:
-    """Refused by design: a state means nothing to another sidecar or base.
-
-    Exit status: 2, always.
-    """
-    raise LlamamemError(_NO_REBASE)
 
 
 def _read(file: Path, *, sidecar: Sidecar | None = None, identity: Identity | None = None) -> State:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.sidecar_copy import zero_sidecar
+from llamamem.formats.sidecar.copy import zero_sidecar
 
 DEFAULT_PROMPT = "My name is Ada and I keep bees. What is my name, and what do I keep?"
 

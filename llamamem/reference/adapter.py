@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats import sidecar_config as cfg
 from llamamem.formats.checkpoint import read_checkpoint
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_layout import HEADS, short_name, values
+from llamamem.formats.sidecar import config as cfg
+from llamamem.formats.sidecar.layout import HEADS, short_name, values
 from llamamem.formats.state import Identity, identity_of
 from llamamem.reference.oracle import MemoryShape
 from llamamem.reference.torch_memory import Memory, from_weights

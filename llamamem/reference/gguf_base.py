@@ -15,7 +15,7 @@ import numpy as np
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import read_safetensors
-from llamamem.formats.sidecar_layout import values
+from llamamem.formats.sidecar.layout import values
 
 _MODEL = {
     "model.embed_tokens.weight": "token_embd.weight",

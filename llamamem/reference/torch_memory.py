@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamamem.formats.sidecar_layout import short_name
+from llamamem.formats.sidecar.layout import short_name
 from llamamem.reference.oracle import FEATURES, FROZEN, HEADS, LIVE, PADDING, LayerTrace, MemoryShape
 from llamamem.reference.recurrence import recurrence
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.checkpoint_write import write_checkpoint
+from llamamem.formats.checkpoint.writer import write_checkpoint
 from llamamem.formats.gguf_file import GgufTensor
 from llamamem.reference.adapter import Adapter, rules
 from llamamem.reference.attach import attention_layers, projection_widths

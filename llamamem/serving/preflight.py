@@ -25,7 +25,7 @@ from llamamem.formats.base import base_faults, base_files, base_indexes, read_ba
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
 from llamamem.formats.private import private_directory
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_base import hash_fault, model_faults
+from llamamem.formats.sidecar.base import hash_fault, model_faults
 from llamamem.native import vendor
 from llamamem.native.build import ask_identity
 from llamamem.native.cpu import check_cpu

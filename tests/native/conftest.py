@@ -108,6 +108,22 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def quantise() -> Callable[[Path, Path, str], Path]:
+    """`quantise(source, made, "Q4_K_M")` runs llama-quantize."""
+    from llamamem.native.build import find_build
+
+    program = find_build().bin_dir / "llama-quantize"
+
+    def run(source: Path, made: Path, kind: str) -> Path:
+        command = [program, "--allow-requantize", source, made, kind, "1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return made
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def small_zero(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same base, and a sidecar whose deltas are zero."""
     return make_model(tmp_path_factory.mktemp("small-zero"), "small", "--zero-deltas")

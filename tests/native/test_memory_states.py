@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from native_runs import logits, logits_after_kv_dropped, logits_at_scale, logits_frozen
 
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
 
 pytestmark = pytest.mark.native
 

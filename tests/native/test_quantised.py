@@ -15,7 +15,7 @@ import pytest
 from native_runs import continue_after, logits, logits_and_states, logits_in_steps
 
 from llamamem.formats.sidecar import read_sidecar
-from llamamem.formats.sidecar_copy import rebind_sidecar, zero_sidecar
+from llamamem.formats.sidecar.copy import rebind_sidecar, zero_sidecar
 from llamamem.native import cpu
 from llamamem.native.build import find_build
 from llamamem.native.runtime import State
@@ -38,19 +38,6 @@ class Quantised:
     zero: Path
     plain: Path
     plain_sidecar: Path
-
-
-@pytest.fixture(scope="module")
-def quantise() -> Callable[[Path, Path, str], Path]:
-    program = find_build().bin_dir / "llama-quantize"
-
-    def run(source: Path, made: Path, kind: str) -> Path:
-        command = [program, "--allow-requantize", source, made, kind, "1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return made
-
-    return run
 
 
 @pytest.fixture(scope="module", params=TYPES)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="needs llamamem[reference]")
 
 from llamamem.errors import LlamamemError  # noqa: E402
 from llamamem.formats.checkpoint import read_checkpoint  # noqa: E402
-from llamamem.formats.sidecar_export import export_sidecar  # noqa: E402
+from llamamem.formats.sidecar.export import export_sidecar  # noqa: E402
 from llamamem.reference import demo_base, train_run  # noqa: E402
 from llamamem.reference.adapter import read_adapter  # noqa: E402
 from llamamem.reference.chat_tokens import ChatTokens  # noqa: E402

@@ -23,7 +23,7 @@ from lying_proxy import Change, LyingProxy
 from server_runs import Running, generate, random_prompt
 
 from llamamem.formats.health import CHECK_IDS, HealthReport, health_fault
-from llamamem.formats.sidecar_copy import zero_sidecar
+from llamamem.formats.sidecar.copy import zero_sidecar
 from llamamem.native.build import Build
 from llamamem.proof.health import Target, check_health, target_of
 from llamamem.serving.client import Client

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"

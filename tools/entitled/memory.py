@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamamem.formats.state_block import CHECKSUM, TRAILER, VERSION, Header
+from llamamem.formats.state.block import CHECKSUM, TRAILER, VERSION, Header
 
 HEAD = 12 + 320  # bytes of a memory-only file before its values: llama.cpp's head, the block's header
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
-from llamamem.formats.state_block import CHECKSUM, TRAILER, VERSION, Header
+from llamamem.formats.state.block import CHECKSUM, TRAILER, VERSION, Header
 
 _HEADER = 320  # bytes
 

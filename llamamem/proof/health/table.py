@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.health import CHECK_IDS, Check, FileHash, HealthReport
-from llamamem.formats.sidecar_inspect import printable
+from llamamem.formats.sidecar.inspect import printable
 from llamamem.formats.trace import read_trace
 from llamamem.proof.health import server, states
 from llamamem.proof.health.evidence import Evidence, Fails, is_timeout

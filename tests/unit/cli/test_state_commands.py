@@ -227,11 +227,6 @@ def test_verify_as_json(llamamem: Run, model_a: Path, p0: Path) -> None:
     assert result.status == 2 and not said["ok"] and said["files"][0]["reason"] == "state-identity"
 
 
-@pytest.mark.parametrize("arguments", [(), ("a.state",), ("a.state", "--sidecar", "new.gguf", "--output", "b.state")])
-def test_rebase_is_refused(arguments: tuple[str, ...], llamamem: Run) -> None:
-    one_line(llamamem("state", "rebase", *arguments), "cannot be moved to another sidecar or base", "read the conver")
-
-
 def test_a_damaged_file_is_one_line_from_every_verb(llamamem: Run, p0: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.state"
     data = bytearray(p0.read_bytes())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
 
 
 @pytest.fixture(scope="session")

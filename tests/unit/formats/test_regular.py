@@ -20,7 +20,7 @@ from llamamem.formats.gguf_file import read_gguf_index, replacing
 from llamamem.formats.sidecar import read_sidecar, validate_sidecar
 from llamamem.formats.state import MEMORY as KIND_MEMORY
 from llamamem.formats.state import read_state, write_state
-from llamamem.formats.state_block import is_memory_file
+from llamamem.formats.state.block import is_memory_file
 from llamamem.sessions import DirectoryStore
 
 SECONDS, MIB = 30, 64

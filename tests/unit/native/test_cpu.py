@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,22 +19,26 @@ from llamamem.serving.preflight import check_binary
 PROJECT = """cmake_minimum_required(VERSION 3.21...3.28)
 project(probe LANGUAGES CXX)
 set(CMAKE_BUILD_TYPE Release)
-include({cpu})
+set(LLAMAMEM_PYTHON "${{CMAKE_COMMAND}}" -E env "PYTHONPATH={root}" "{python}" -m)
+include({root}/cmake/cpu.cmake)
 llamamem_try_amx()
-get_directory_property(OPTIONS COMPILE_OPTIONS)
-file(WRITE "${{CMAKE_BINARY_DIR}}/answer" "${{LLAMAMEM_AMX}}\\n${{OPTIONS}}\\n")
+file(WRITE "${{CMAKE_BINARY_DIR}}/ggml-cpu.cpp" "")
+add_library(ggml-cpu STATIC "${{CMAKE_BINARY_DIR}}/ggml-cpu.cpp")
+target_compile_options(ggml-cpu PRIVATE -march=native)
+llamamem_record_cpu()
 """
 
 CRASH = "#include <csignal>\nint main() { return std::raise(SIGILL); }\n"
 ASKS_NOTHING = "int main() { return 0; }\n"
 NO_PERMISSION = "int main() { return 2; }\n"
 BARRIER = '__asm__ volatile("" : : "r"(&tc) : "memory");'
+HERE = "amx_int8" in cpu._cpuinfo("flags")
 MMQ = Path("ggml", "src", "ggml-cpu", "amx", "mmq.cpp")
 
 
-def try_amx(folder: Path, *, tree: Path | None = None, probe: str | None = None) -> list[str]:
-    """What cmake/cpu.cmake says of AMX, and the flags that it adds; a CPU without it is stood in for."""
-    (folder / "CMakeLists.txt").write_text(PROJECT.format(cpu=source_root() / "cmake" / "cpu.cmake"))
+def try_amx(folder: Path, *, tree: Path | None = None, probe: str | None = None) -> tuple[str, str]:
+    """What the build's record says of AMX, and how a file is compiled; a CPU without it is stood in for."""
+    (folder / "CMakeLists.txt").write_text(PROJECT.format(root=source_root(), python=sys.executable))
     arguments = [f"-DLLAMAMEM_TREE={tree or tree_path()}", f"-DCMAKE_MAKE_PROGRAM={tools.ninja()}"]
     if probe is not None:
         (folder / "probe.cpp").write_text(probe)
@@ -41,7 +46,12 @@ def try_amx(folder: Path, *, tree: Path | None = None, probe: str | None = None)
     command = [tools.cmake(), "-S", str(folder), "-B", str(folder / "out"), "-G", "Ninja", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return (folder / "out" / "answer").read_text().splitlines()
+    made = cpu.read_record(folder / "out" / "bin")
+    assert made is not None
+    # the record is of what the flags give, and the flags come after -march=native
+    assert ("amx_int8" in made.features) == (made.amx == "used" and HERE)
+    lines = (folder / "out" / "build.ninja").read_text().splitlines()
+    return made.amx, next(line.strip() for line in lines if line.strip().startswith("FLAGS = ") and "-march" in line)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +67,13 @@ def try_amx(folder: Path, *, tree: Path | None = None, probe: str | None = None)
 def test_what_does_not_run_is_left_out(tmp_path: Path, probe: str, said: str) -> None:
     amx, flags = try_amx(tmp_path, probe=probe)
     assert amx == said
-    assert ("-mno-amx-int8" in flags) == said.startswith("left out")
+    if said.startswith("left out"):
+        assert all(flag in flags.split() for flag in ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"))
+    else:
+        assert "-mno" not in flags
 
 
-@pytest.mark.skipif("amx_int8" not in cpu._cpuinfo("flags"), reason="this CPU has no AMX")
+@pytest.mark.skipif(not HERE, reason="this CPU has no AMX")
 def test_the_code_of_the_tree_is_what_is_tried(tmp_path: Path) -> None:
     """Without its patch the compiler of Debian 12 drops the stores, and the probe crashes as the runtime would."""
     stock = tmp_path / "tree"
@@ -69,7 +82,7 @@ def test_the_code_of_the_tree_is_what_is_tried(tmp_path: Path) -> None:
     assert text.count(BARRIER) == 1
     (stock / MMQ).write_text(text.replace(BARRIER, ""))
     (tmp_path / "patched").mkdir()
-    assert try_amx(tmp_path / "patched") == ["used", ""]
+    assert try_amx(tmp_path / "patched")[0] == "used"
     compiler = tools.version(tools.compilers()[1])
     if "g++" in Path(tools.compilers()[1]).resolve().name and compiler < (12, 4):
         assert try_amx(tmp_path, tree=stock)[0] == "left out: the compiler's code crashes on this CPU"

@@ -23,7 +23,7 @@ import numpy as np
 from llamamem.errors import LlamamemError
 from llamamem.formats.sidecar import Sidecar, read_sidecar
 from llamamem.formats.state import SEQUENCE, Identity, State, decode_state, encode_state, identity_of, read_state
-from llamamem.formats.state_block import CHECKSUM, Header
+from llamamem.formats.state.block import CHECKSUM, Header
 from llamamem.native import vendor
 
 VOCABULARY = 400

@@ -12,7 +12,7 @@ import pytest
 from llamamem.errors import LlamamemError
 from llamamem.formats.base import file_sha256
 from llamamem.formats.checkpoint import read_checkpoint
-from llamamem.formats.checkpoint_write import checkpoint_tensors
+from llamamem.formats.checkpoint.writer import checkpoint_tensors
 from llamamem.formats.demo_files import DemoFiles, demo_files
 from llamamem.formats.sidecar import read_sidecar
 from llamamem.reference import demo_tokenizer

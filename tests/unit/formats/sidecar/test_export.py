@@ -17,11 +17,11 @@ from sidecar_edits import requantised
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import read_checkpoint
-from llamamem.formats.checkpoint_write import safetensors, write_checkpoint
+from llamamem.formats.checkpoint.writer import safetensors, write_checkpoint
 from llamamem.formats.gguf_file import GgufField, GgufTensor, write_gguf
 from llamamem.formats.sidecar import read_sidecar, short_name
-from llamamem.formats.sidecar_export import export_sidecar
-from llamamem.formats.tensor_types import bf16, convert
+from llamamem.formats.sidecar.export import export_sidecar
+from llamamem.formats.sidecar.tensor_types import bf16, convert
 
 BASE = "model-f32.gguf"
 STRING = gguf.GGUFValueType.STRING
@@ -179,7 +179,7 @@ def test_everything_is_checked_before_anything_is_hashed(
     def hashed(*_: Any) -> str:
         raise AssertionError("the base was hashed")
 
-    monkeypatch.setattr("llamamem.formats.sidecar_export.base_sha256", hashed)
+    monkeypatch.setattr("llamamem.formats.sidecar.export.base_sha256", hashed)
     with pytest.raises(AssertionError):  # where nothing is wrong
         export_sidecar(model_a, model_a / BASE, tmp_path / "x.gguf")
     (tmp_path / "notes").write_text("mine")

@@ -29,10 +29,10 @@ from llamamem.formats.sidecar import (
     read_sidecar,
     short_name,
 )
-from llamamem.formats.sidecar_base import model_faults
-from llamamem.formats.sidecar_copy import zero_sidecar
-from llamamem.formats.sidecar_inspect import inspect_sidecar
-from llamamem.formats.tensor_types import convert
+from llamamem.formats.sidecar.base import model_faults
+from llamamem.formats.sidecar.copy import zero_sidecar
+from llamamem.formats.sidecar.inspect import inspect_sidecar
+from llamamem.formats.sidecar.tensor_types import convert
 
 __all__ = ["export_sidecar", "zero_sidecar"]
 

@@ -23,7 +23,7 @@ from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import replacing
 from llamamem.formats.regular import NotRegular, open_regular
 from llamamem.formats.sidecar import Sidecar
-from llamamem.formats.state_block import (
+from llamamem.formats.state.block import (
     CHECKPOINT,
     CHECKSUM,
     CONTEXT,
@@ -36,7 +36,6 @@ from llamamem.formats.state_block import (
     ORIGINS,
     SEQUENCE,
     SETTING,
-    STATE_REASONS,
     TRAILER,
     VERSION,
     Header,
@@ -44,25 +43,6 @@ from llamamem.formats.state_block import (
     read_raw,
     refused,
 )
-
-__all__ = [
-    "CHECKPOINT",
-    "CONTEXT",
-    "KINDS",
-    "MADE_BY_TOOL",
-    "MEMORY",
-    "SEQUENCE",
-    "STATE_REASONS",
-    "Identity",
-    "Setting",
-    "State",
-    "decode_state",
-    "encode_state",
-    "identity_of",
-    "origin_sha256",
-    "read_state",
-    "write_state",
-]
 
 _VALUES = 12 + 320  # bytes before the values of a memory alone: the heads of file and block
 _MAX_LAPS = 1 << 24  # f32 counts no further by ones

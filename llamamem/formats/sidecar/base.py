@@ -9,8 +9,8 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.base import AttentionLayer, BaseModel, base_faults, base_sha256, read_base
 from llamamem.formats.findings import Findings
 from llamamem.formats.gguf_file import read_gguf_index
-from llamamem.formats.sidecar_keys import Said
-from llamamem.formats.sidecar_layout import HEADS
+from llamamem.formats.sidecar.keys import Said
+from llamamem.formats.sidecar.layout import HEADS
 
 
 def check_base(

@@ -14,8 +14,8 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.base import AttentionLayer
 from llamamem.formats.findings import Findings, quoted
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor
-from llamamem.formats.sidecar_keys import Said
-from llamamem.formats.sidecar_layout import HEADS, PREFIX, VECTORS, short_name, values
+from llamamem.formats.sidecar.keys import Said
+from llamamem.formats.sidecar.layout import HEADS, PREFIX, VECTORS, short_name, values
 
 Shape = tuple[int, ...]
 

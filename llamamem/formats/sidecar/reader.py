@@ -1,6 +1,6 @@
 """The sidecar GGUF: reading one, and everything that it is refused for. docs/sidecar.md is what it must be.
 
-Both format versions, semantics 1 and 2. See sidecar_export.py for writing one.
+Both format versions, semantics 1 and 2.
 """
 
 from __future__ import annotations
@@ -11,42 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.findings import REASONS, Enough, Finding, Findings
+from llamamem.formats.findings import Enough, Finding, Findings
 from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf
-from llamamem.formats.sidecar_base import check_base
-from llamamem.formats.sidecar_keys import Said, read_keys
-from llamamem.formats.sidecar_layout import (
+from llamamem.formats.sidecar.base import check_base
+from llamamem.formats.sidecar.keys import Said, read_keys
+from llamamem.formats.sidecar.layout import (
     ARCHITECTURE,
-    HEADS,
-    NAME_FORMAT,
-    PREFIX,
-    SCHEMA,
-    TYPES,
     Sidecar,
-    manifest_entry,
-    short_name,
-    values,
 )
-from llamamem.formats.sidecar_tensors import check_tensors
-
-__all__ = [
-    "ARCHITECTURE",
-    "HEADS",
-    "NAME_FORMAT",
-    "PREFIX",
-    "REASONS",
-    "SCHEMA",
-    "TYPES",
-    "Finding",
-    "Sidecar",
-    "Validation",
-    "check_sidecar",
-    "manifest_entry",
-    "read_sidecar",
-    "short_name",
-    "validate_sidecar",
-    "values",
-]
+from llamamem.formats.sidecar.tensors import check_tensors
 
 
 @dataclass(frozen=True)

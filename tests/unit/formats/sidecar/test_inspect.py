@@ -15,8 +15,8 @@ from gguf import GGUFValueType
 
 from llamamem.formats.gguf_file import GgufField, GgufTensor, write_gguf
 from llamamem.formats.sidecar import read_sidecar
-from llamamem.formats.sidecar_export import export_sidecar
-from llamamem.formats.sidecar_inspect import inspect_sidecar, spans
+from llamamem.formats.sidecar.export import export_sidecar
+from llamamem.formats.sidecar.inspect import inspect_sidecar, spans
 
 BASE = "model-f32.gguf"
 

@@ -15,7 +15,7 @@ from sidecar_edits import requantised
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import read_gguf_index
 from llamamem.formats.sidecar import read_sidecar
-from llamamem.formats.sidecar_copy import rebind_sidecar, zero_sidecar
+from llamamem.formats.sidecar.copy import rebind_sidecar, zero_sidecar
 
 BASE = "model-f32.gguf"
 
@@ -91,7 +91,7 @@ def test_rebind_keeps_keys_that_no_writer_of_ours_knows(exported: Path, model_a:
 def test_rebind_to_another_model(
     llamamem: Callable[..., Any], exported: Path, model_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamamem.formats.sidecar_copy.base_sha256", lambda *_: pytest.fail("the base was hashed"))
+    monkeypatch.setattr("llamamem.formats.sidecar.copy.base_sha256", lambda *_: pytest.fail("the base was hashed"))
 
     def rebind(**changes: Any) -> str:
         base = requantised(model_a, tmp_path / "new.gguf", **changes)

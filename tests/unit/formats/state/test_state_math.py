@@ -13,7 +13,7 @@ from state_files import CONTEXT, MEMORY, SEQUENCE
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.state import MADE_BY_TOOL, State, read_state, write_state
-from llamamem.formats.state_math import blend, decay, describe, diff, same
+from llamamem.formats.state.math import blend, decay, describe, diff, same
 
 
 def read(folder: Path, file: files.StateFile, name: str = "x") -> State:

@@ -17,7 +17,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.findings import REASONS
 from llamamem.formats.sidecar import read_sidecar, validate_sidecar
 
-HOSTILE = Path(__file__).parents[2] / "data" / "hostile"
+HOSTILE = Path(__file__).parents[3] / "data" / "hostile"
 SEEDS = sorted(HOSTILE.glob("*.gguf"))[::7]
 SECONDS = float(os.environ.get("LLAMAMEM_FUZZ_SECONDS", "3"))
 

@@ -9,8 +9,8 @@ from typing import Any
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import replacing
 from llamamem.formats.regular import open_regular
-from llamamem.formats.state import State
-from llamamem.formats.state_math import norms
+from llamamem.formats.state.file import State
+from llamamem.formats.state.math import norms
 
 _MAX_MATRICES = 512
 

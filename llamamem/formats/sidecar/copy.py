@@ -14,7 +14,7 @@ from llamamem.formats.base import base_sha256, read_base
 from llamamem.formats.gguf_file import ALIGNMENT, replacing
 from llamamem.formats.outputs import check_sidecar_target
 from llamamem.formats.sidecar import HEADS, PREFIX, Sidecar, manifest_entry, read_sidecar
-from llamamem.formats.sidecar_base import model_faults
+from llamamem.formats.sidecar.base import model_faults
 
 
 def zero_sidecar(path: str | Path, output: str | Path) -> Sidecar:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.state import KINDS, MADE_BY_TOOL, MEMORY, SEQUENCE, State, encode_state
+from llamamem.formats.state.block import KINDS, MADE_BY_TOOL, MEMORY, SEQUENCE
+from llamamem.formats.state.file import State, encode_state
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import read_checkpoint, read_safetensors, read_torch_zip
-from llamamem.formats.checkpoint_write import materialize, safetensors, torch_zip, write_checkpoint
+from llamamem.formats.checkpoint.writer import materialize, safetensors, torch_zip, write_checkpoint
 from llamamem.formats.gguf_file import GgufTensor
 from llamamem.formats.sidecar import read_sidecar
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from llamamem.formats.checkpoint import read_checkpoint
-from llamamem.formats.checkpoint_write import write_checkpoint
+from llamamem.formats.checkpoint.writer import write_checkpoint
 from llamamem.formats.gguf_file import GgufTensor
-from llamamem.formats.sidecar_compare import compare
-from llamamem.formats.sidecar_copy import zero_sidecar
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.compare import compare
+from llamamem.formats.sidecar.copy import zero_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
 
 SOURCE = "model.language_model.layers.{}.self_attn.{}"
 NAME = SOURCE.format(3, "delta_o_proj")

@@ -13,12 +13,12 @@ import pytest
 
 from llamamem.formats.base import read_base
 from llamamem.formats.checkpoint import read_checkpoint
-from llamamem.formats.checkpoint_write import materialize
+from llamamem.formats.checkpoint.writer import materialize
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar_compare import compare
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.compare import compare
+from llamamem.formats.sidecar.export import export_sidecar
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SHAPE = ROOT / "configs" / "gemma-4-e4b.json"
 
 

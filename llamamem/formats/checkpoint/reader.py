@@ -22,8 +22,8 @@ from safetensors import SafetensorError, deserialize
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor
+from llamamem.formats.json_text import parse_json
 from llamamem.formats.regular import open_regular
-from llamamem.formats.sidecar_config import parse_json
 
 ADAPTER = "delta_mem_adapter"
 CONFIG = "delta_mem_config.json"

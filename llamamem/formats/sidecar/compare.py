@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llamamem.formats.checkpoint import read_checkpoint
-from llamamem.formats.checkpoint_write import checkpoint_tensors
+from llamamem.formats.checkpoint.writer import checkpoint_tensors
 from llamamem.formats.gguf_file import GgufTensor
 from llamamem.formats.sidecar import read_sidecar, short_name, values
 

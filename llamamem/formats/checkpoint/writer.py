@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.checkpoint import ADAPTER, CONFIG, METADATA
+from llamamem.formats.checkpoint.reader import ADAPTER, CONFIG, METADATA
+from llamamem.formats.checkpoint.torch_pickle import torch_pickle
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor, replacing
+from llamamem.formats.json_text import parse_json
 from llamamem.formats.sidecar import PREFIX, Sidecar
-from llamamem.formats.sidecar_config import parse_json
-from llamamem.formats.torch_pickle import torch_pickle
 
 FORMATS = ("pt", "safetensors")
 

@@ -17,7 +17,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf_index
 from llamamem.formats.sidecar import REASONS, Sidecar, read_sidecar, validate_sidecar
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 BASE = "model-f32.gguf"
 U32 = gguf.GGUFValueType.UINT32
 

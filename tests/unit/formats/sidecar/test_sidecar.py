@@ -17,7 +17,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import read_checkpoint
 from llamamem.formats.gguf_file import GgufField, GgufTensor
 from llamamem.formats.sidecar import read_sidecar
-from llamamem.formats.sidecar_export import export_sidecar
+from llamamem.formats.sidecar.export import export_sidecar
 
 BASE = "model-f32.gguf"
 SOURCE = "model.language_model.layers.{}.self_attn.{}"

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats import sidecar_config as cfg
 from llamamem.formats.base import FULL, SLIDING, AttentionLayer
 from llamamem.formats.findings import Findings, quoted
 from llamamem.formats.gguf_file import GgufField
-from llamamem.formats.sidecar_layout import FOR_PEOPLE, HEADS, NAME_FORMAT, PREFIX, SCHEMA, TYPES
+from llamamem.formats.json_text import parse_json
+from llamamem.formats.sidecar import config as cfg
+from llamamem.formats.sidecar.layout import FOR_PEOPLE, HEADS, NAME_FORMAT, PREFIX, SCHEMA, TYPES
 
 _CONFIG = "config_json"
 _MODES = {"memory_backend": "rwkv_ms", "memory_readout_mode": "delta", "rwkv_ms_boundary_mode": "fixed_chunk"}
@@ -270,7 +271,7 @@ class _Keys:
             raise LlamamemError(text, reason=reason)
 
     def json(self, key: str, kind: type) -> Any:
-        value = cfg.parse_json(f"key '{PREFIX}{key}'", self.get(key))
+        value = parse_json(f"key '{PREFIX}{key}'", self.get(key))
         if not isinstance(value, kind):
             name = "an object" if kind is dict else "a list"
             raise LlamamemError(f"key '{PREFIX}{key}' must be {name} in JSON", reason="json-type")

@@ -1,0 +1,38 @@
+"""The sidecar GGUF: what it is, reading and checking one. docs/sidecar.md is what it must be.
+
+export.py writes one from a checkpoint, copy.py from another one.
+"""
+
+from llamamem.formats.findings import REASONS, Finding
+from llamamem.formats.sidecar.layout import (
+    ARCHITECTURE,
+    HEADS,
+    NAME_FORMAT,
+    PREFIX,
+    SCHEMA,
+    TYPES,
+    Sidecar,
+    manifest_entry,
+    short_name,
+    values,
+)
+from llamamem.formats.sidecar.reader import Validation, check_sidecar, read_sidecar, validate_sidecar
+
+__all__ = [
+    "ARCHITECTURE",
+    "HEADS",
+    "NAME_FORMAT",
+    "PREFIX",
+    "REASONS",
+    "SCHEMA",
+    "TYPES",
+    "Finding",
+    "Sidecar",
+    "Validation",
+    "check_sidecar",
+    "manifest_entry",
+    "read_sidecar",
+    "short_name",
+    "validate_sidecar",
+    "values",
+]
