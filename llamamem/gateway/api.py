@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote_to_bytes
 
 from llamamem.errors import LlamamemError
-from llamamem.formats import state_math
 from llamamem.formats.state import State, decode_state, encode_state
+from llamamem.formats.state import math as state_math
 from llamamem.gateway import learn
 from llamamem.gateway.errors import Refusal, refusal_of
 from llamamem.gateway.exchange import Exchange, while_there

@@ -19,6 +19,7 @@ OURS = ("session", "conversation", "mode")  # members of rwkv_ms that the server
 
 _MAX_BYTES = 255
 _MODE_HEADER = "x-memory"
+_MODES: tuple[Mode, ...] = ("on", "read", "off")
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,12 @@ def _of_body(body: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
 
 
 def _mode(query: bytes, headers: Mapping[str, list[bytes]], ours: Mapping[str, Any]) -> Mode:
-    asked = parse_qs(query.decode("latin-1")).get("memory", [])
-    asked += [value.decode("latin-1").strip() for value in headers.get(_MODE_HEADER, [])]
-    asked += [ours["mode"]] if ours.get("mode") is not None else []
-    for mode in asked:
-        if mode not in ("on", "read", "off"):
-            raise Refusal(400, "memory (of the query, X-Memory or rwkv_ms.mode) is neither on nor read nor off")
-    if len(set(asked)) > 1:
+    asked = set(parse_qs(query.decode("latin-1")).get("memory", []))
+    asked |= {value.decode("latin-1").strip() for value in headers.get(_MODE_HEADER, [])}
+    asked |= {str(ours["mode"])} if ours.get("mode") is not None else set()
+    if len(asked) > 1:
         raise Refusal(400, "memory (of the query, X-Memory and rwkv_ms.mode) says two things")
-    if ours.get("frozen") is True and (asked or ["on"])[0] == "on":
-        return "read"
-    mode: Mode = asked[0] if asked else "on"
-    return mode
+    if asked - set(_MODES):
+        raise Refusal(400, "memory (of the query, X-Memory or rwkv_ms.mode) is neither on nor read nor off")
+    mode: Mode = next((mode for mode in _MODES if mode in asked), "on")
+    return "read" if mode == "on" and ours.get("frozen") is True else mode

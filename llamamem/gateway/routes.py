@@ -148,7 +148,7 @@ def rwkv_ms_of(answer: Mapping[str, Any]) -> dict[str, Any] | None:
     response = answer.get("response")
     for place in (answer, response if isinstance(response, dict) else {}):
         if isinstance(place.get("rwkv_ms"), dict):
-            return place["rwkv_ms"]  # type: ignore[no-any-return]
+            return place["rwkv_ms"]
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from collections.abc import Callable
 
 import uvicorn
 
@@ -75,16 +76,13 @@ class Running:
     def port(self) -> int:
         return int(self._listener.getsockname()[1])
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def drain(self, *, hurry: bool = False) -> None:
-        """Takes no more requests, and ends with those that are being answered."""
+    def drain(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Takes no more requests, and ends with those that are being answered; `hurry` says when not to wait."""
         self._gateway.draining = True
         self._server.should_exit = True
-        self._server.force_exit = hurry
-        self._thread.join()
+        while self._thread.is_alive():
+            self._server.force_exit = hurry()
+            self._thread.join(0.05)
 
     def _serve(self) -> None:
         self._server.run(sockets=[self._listener])
