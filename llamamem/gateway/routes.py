@@ -23,6 +23,8 @@ GENERATES: dict[str, Kind] = {
     "/infill": "infill",
 }
 
+TOLD = b'"rwkv_ms":'
+
 # what anybody with a key may ask of the server beside them; all else is for operators
 PLAIN = {
     ("GET", "/models"),
@@ -38,14 +40,15 @@ PLAIN = {
     ("POST", "/v1/messages/count_tokens"),
 }
 
-# bytes that stand in the first event of an answer's end, and nowhere in one before: in a text quotes are escaped
+# Bytes that stand in the first event of an answer's end, and in none before: in a text quotes are escaped. The last
+# event is known by what it tells of the memory; a client may hang up at one of the others, and take that for the end.
 ENDS: dict[Kind, tuple[bytes, ...]] = {
-    "chat": (b'"finish_reason":"',),
-    "completions": (b'"finish_reason":"',),
-    "completion": (b'"stop":true',),
-    "infill": (b'"stop":true',),
-    "responses": (b'"response.completed"', b'"response.incomplete"'),
-    "messages": (b'"message_delta"', b'"message_stop"'),
+    "chat": (b'"finish_reason":"', TOLD),
+    "completions": (b'"finish_reason":"', TOLD),
+    "completion": (b'"stop":true', TOLD),
+    "infill": (b'"stop":true', TOLD),
+    "responses": (b'"response.completed"', TOLD),
+    "messages": (b'"message_delta"', b'"message_stop"', TOLD),
 }
 
 

@@ -19,7 +19,7 @@ from llamamem.gateway.exchange import Exchange, while_there
 from llamamem.gateway.held import Held, HeldSessions
 from llamamem.gateway.metrics import Metrics
 from llamamem.gateway.naming import Named
-from llamamem.gateway.routes import ENDS, Kind, Listener, answer, asked, events_of, rwkv_ms_of
+from llamamem.gateway.routes import ENDS, TOLD, Kind, Listener, answer, asked, events_of, rwkv_ms_of
 from llamamem.gateway.turns import Answer, Asked, after, goes_on
 from llamamem.gateway.upstream import Served, Upstream, carried, check_identity, gone, memory_of
 from llamamem.sessions.session import Conflict, Missing
@@ -231,7 +231,7 @@ class _Turn:
 
 def _retold(events: bytes, told: dict[str, Any]) -> bytes:
     """The events of the end, with `told` as what they tell of the memory."""
-    return b"\n\n".join(_with(event, told) if b'"rwkv_ms"' in event else event for event in events.split(b"\n\n"))
+    return b"\n\n".join(_with(event, told) if TOLD in event else event for event in events.split(b"\n\n"))
 
 
 def _with(event: bytes, told: dict[str, Any]) -> bytes:
