@@ -1,5 +1,7 @@
 """Layer fixtures: one memory layer's weights (or features), inputs, intermediates and final state in an .npz file.
 
+The form of the first implementation, JSON, is read too: fixture_json.py.
+
 Arrays are named as in the specification of the memory; weights are `w.` + the sidecar's short name; `meta` is JSON.
 T tokens, H hidden size, R rank, N state heads, D = N*R, M states. A leading batch axis is allowed everywhere
 (B sequences, each with its own state), and so are separate head axes: everything is brought to the shapes below.
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
+from llamamem.formats.fixture_json import read_json_fixture
 
 FEATURES = ("r", "decay", "k", "v", "a", "b", "keep", "erase", "write")
 
@@ -120,6 +123,9 @@ def read_fixture(path: str | Path) -> LayerFixture:
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     try:
+        with path.open("rb") as raw:
+            if (start := raw.read(64)).lstrip()[:1] == b"{":
+                return read_json_fixture(path, start + raw.read())
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise LlamamemError(f"{path}: a single array, not an .npz fixture")
@@ -127,7 +133,9 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise LlamamemError(f"{path}: no such fixture") from None
     except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-        raise LlamamemError(f"{path}: not a readable .npz fixture ({e})") from None
+        # NumPy's words for whatever it does not know are advice to unpickle it
+        why = f" ({e})" if isinstance(e, OSError) or "pickle" not in str(e) else ""
+        raise LlamamemError(f"{path}: not a readable .npz or JSON fixture{why}") from None
 
 
 def _meta(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

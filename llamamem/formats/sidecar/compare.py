@@ -14,6 +14,7 @@ from llamamem.formats.checkpoint import read_checkpoint
 from llamamem.formats.checkpoint.writer import checkpoint_tensors
 from llamamem.formats.gguf_file import GgufTensor
 from llamamem.formats.sidecar import read_sidecar, short_name, values
+from llamamem.formats.sidecar.config import ABSENT
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def compare(a: str | Path, b: str | Path, *, config: str | None = None) -> Compa
 @dataclass(frozen=True)
 class _Side:
     tensors: dict[str, GgufTensor]  # by short name
-    config: dict[str, str]  # values as JSON, which tells 1 from 1.0 and from true
+    config: dict[str, str]  # values as JSON, which tells 1 from 1.0 and from true; what is absent has its meaning
     base: str | None
 
     @classmethod
@@ -120,7 +121,7 @@ class _Side:
         else:
             sidecar = read_sidecar(path)
             tensors, config, base = checkpoint_tensors(sidecar), sidecar.config, sidecar.base_sha256
-        texts = {key: json.dumps(value, sort_keys=True) for key, value in config.items()}
+        texts = {key: json.dumps(value, sort_keys=True) for key, value in {**ABSENT, **config}.items()}
         return cls({short_name(name): tensor for name, tensor in tensors.items()}, texts, base)
 
 

@@ -1,7 +1,7 @@
 """Which checkpoint configurations are implemented: an allow-list of keys and of the values that change the maths.
 
-The same lists stand in the runtime's loader [TAG_RWKV_MS_CONFIG]: a key that neither knows is refused by both, because
-it may change the maths.
+The same lists stand in the runtime's loader [TAG_ADAPTER_MEM_CONFIG]: a key that neither knows is refused by both,
+because it may change the maths.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ FIXED: dict[str, Any] = {
     "memory_reader_layers": [],
     "latent_memory_layers": [],
 }
+
+# what a member that is not there means
+ABSENT: dict[str, Any] = FIXED | {"rwkv_ms_semantics_version": 1, "rwkv_ms_state_dtype": "f32"}
 
 # cannot change the maths: values at the start of training, options of training, figures of features that are off
 INERT: dict[type, set[str]] = {

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFValueType
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.base import AttentionLayer, BaseModel, base_sha256, file_sha256, read_base
 from llamamem.formats.checkpoint import Checkpoint, read_checkpoint
-from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf_index, write_gguf
+from llamamem.formats.gguf_file import ALIGNMENT, GgufField, GgufTensor, read_gguf_index, write_gguf
 from llamamem.formats.outputs import check_manifest_target, check_sidecar_target, write_json
 from llamamem.formats.sidecar import (
     ARCHITECTURE,
@@ -162,8 +163,23 @@ def _compose(
         "required_runtime_hooks_json": _dumps(_hooks(heads)),
         "tensor_manifest_json": _dumps([manifest_entry(tensor, name) for name, tensor in tensors.values()]),
     }
-    fields = {"general.architecture": GgufField(TYPES["schema"], ARCHITECTURE)}
+    fields = _general(ARCHITECTURE, values["base_model"], checkpoint_repo)
     return fields | {PREFIX + key: GgufField(TYPES[key], value) for key, value in values.items()}
+
+
+def _general(architecture: str, base_model: str, checkpoint_repo: str) -> dict[str, GgufField]:
+    """What every reader of GGUF shows of a file; a repository has a key there if it is given as an address."""
+    texts = {
+        "general.name": f"memory for {base_model}",
+        "general.description": "A memory adapter, a sidecar of the base model that it names",
+    }
+    if "://" in checkpoint_repo:
+        texts["general.source.repo_url"] = checkpoint_repo
+    return {
+        "general.architecture": GgufField(GGUFValueType.STRING, architecture),
+        "general.alignment": GgufField(GGUFValueType.UINT32, ALIGNMENT),
+        **{key: GgufField(GGUFValueType.STRING, text) for key, text in texts.items()},
+    }
 
 
 def _attention(layer: AttentionLayer, heads: list[Any], tensors: dict[str, tuple[str, GgufTensor]]) -> dict[str, Any]:

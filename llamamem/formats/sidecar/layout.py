@@ -110,7 +110,7 @@ def values(tensor: GgufTensor) -> np.ndarray:
 
 def manifest_entry(tensor: GgufTensor, source: str) -> dict[str, Any]:
     """What the manifest says of a tensor."""
-    torch_dtype = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}[tensor.dtype]
+    torch_dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[tensor.dtype]
     return {
         "name": tensor.name,
         "source_name": source,
