@@ -110,7 +110,12 @@ class Turns:
         except LlamamemError as e:
             turn.exchange.fields["why"] = e.reason
             raise refusal_of(e) from None
-        await turn.read(record)
+        forgotten = self._upstream.forgotten
+        try:
+            await turn.read(record)
+        finally:
+            if self._upstream.forgotten != forgotten:  # its session may have been removed meanwhile
+                await self._upstream.forget()
 
 
 class _Turn:

@@ -44,6 +44,7 @@ class Upstream:
         )
         self._http.headers.pop("accept-encoding", None)
         self._served: Served | None = None
+        self.forgotten = 0  # times
 
     def moved(self, url: str) -> None:
         """Another process may serve other files."""
@@ -122,7 +123,8 @@ class Upstream:
         return self._served
 
     async def forget(self) -> None:
-        """No text that was read stays in its caches."""
+        """No text that was read stays in its caches, but for what it is reading now."""
+        self.forgotten += 1
         served = await self.served()
         for slot in range(served.n_slots):
             await self.ask("POST", f"/slots/{slot}?action=forget", {})

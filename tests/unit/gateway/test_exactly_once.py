@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MakeFront
 from entitled.fresh import Reference
 from exactly_once import Tally, Turns, run
 from fake_llama import FakeModel
+from fronts import MakeFront
 from memory_store import MemoryStore
 from once.rules import Fresher
 
