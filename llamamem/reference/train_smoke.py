@@ -16,8 +16,7 @@ from llamamem.reference.torch_memory import LIVE
 from llamamem.reference.train import Trainer
 from llamamem.reference.trainable import is_used, save_adapter
 
-
-_EPS = 1e-8  # of AdamW
+_SMALL = 1e-11  # of a gradient: AdamW divides by no less than 1e-8, and a value near 1 is rounded to 6e-8
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def train_smoke(trainer: Trainer) -> list[Check]:
     trained = [name for name in before if _is_used(adapter, name)]
     without = [name for name in trained if name not in largest]
     # behind a matrix that starts at zero a gradient may be so small at first that the optimizer makes nothing of it
-    heard = [name for name in trained if largest.get(name, _EPS) >= _EPS]
+    heard = [name for name in trained if largest.get(name, _SMALL) >= _SMALL]
     still = [name for name in heard if torch.equal(before[name], _tensors(adapter)[name])]
     norms = _state_norms(trainer)
     same, difference = _reload(trainer)
