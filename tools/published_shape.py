@@ -4,7 +4,7 @@
 
 36 layers, rank 8, deltas of q and o, 324 BF16 tensors, as declare-lab/delta-mem_qwen3_4b-instruct has them. The base
 has Qwen3-4B's 36 layers (hidden 2560, 32 + 8 heads of 128, ffn 9728) as Q8_0, with a vocabulary of 8,192 instead of
-151,936: 3.9 GB, made in a minute. What is done: export, validate, a comparison with PyTorch on the dequantised weights (layer by
+151,936: 3.9 GB. What is done: export, validate, a comparison with PyTorch on the dequantised weights (layer by
 layer, 2 GB of memory), a server in `batched` with two conversations at once, health, bench. Exit status 0: all holds.
 `--preset tiny` does the same with a small base.
 """
