@@ -116,6 +116,8 @@ struct adapter_mem_reader {
     std::map<std::string_view, const llama_adapter_mem_gguf::tensor *> tensors; // that no layer has taken yet
     std::map<std::string_view, const json *>                           manifest;
 
+    const llama_adapter_mem_sidecar & sidecar;
+
     adapter_mem_reader(const llama_adapter_mem_gguf & gguf, const llama_adapter_mem_manifest & m, const llama_adapter_mem_sidecar & sidecar);
 
     // columns of a matrix, before it is known what they must be; 0 if it is missing
