@@ -42,7 +42,7 @@ MODES = ("serial", "fused", "batched")
 
 OnNode = Callable[[str, bool], None]
 
-_STATE_BUFFER = re.compile(r"(\S+) RWKV-MS state buffer size")
+_STATE_BUFFER = re.compile(r"(\S+) memory state buffer size")
 
 
 class State(NamedTuple):

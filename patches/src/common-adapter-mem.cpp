@@ -86,7 +86,7 @@ bool common_adapter_mem_check(const common_params & params) {
     }
     const std::string refusal = adapter_mem_refusal(params);
     if (!refusal.empty()) {
-        LOG_ERR("rwkv-ms: refused with --memory-adapter: %s\n", refusal.c_str());
+        LOG_ERR("memory: refused with --memory-adapter: %s\n", refusal.c_str());
     }
     return refusal.empty();
 }
@@ -112,7 +112,7 @@ bool common_adapter_mem::init(const common_params & params) {
     sidecar.reset(llama_adapter_mem_sidecar_init(params.adapter_mem_sidecar.c_str(), path_model.c_str(), err, sizeof(err)));
     sidecar_measure.reset(sidecar ? llama_adapter_mem_sidecar_init(params.adapter_mem_sidecar.c_str(), nullptr, err, sizeof(err)) : nullptr);
     if (!sidecar || !sidecar_measure) {
-        LOG_ERR("rwkv-ms: %s\n", err);
+        LOG_ERR("memory: %s\n", err);
         return false;
     }
 
@@ -140,15 +140,15 @@ bool common_adapter_mem::set(llama_model * model) const {
 
     char err[1024];
     if (!llama_model_set_adapter_mem(model, sidecar.get(), mode, untested, err, sizeof(err))) {
-        LOG_ERR("rwkv-ms: %s\n", err);
+        LOG_ERR("memory: %s\n", err);
         return false;
     }
 
     // here and not in libllama, whose own lines are not shown by default
     llama_adapter_mem_info info;
     if (llama_model_adapter_mem_info(model, &info)) {
-        LOG_INF("rwkv-ms: memory active: layers=%s rank=%u states=%u chunk=%u semantics=%u mode=%s sidecar=%s base=%s\n",
-                adapter_mem_layers(model, info.n_layer).c_str(), info.rank, info.n_state, info.n_chunk, info.semantics,
+        LOG_INF("memory: memory active: kind=%s layers=%s rank=%u states=%u chunk=%u semantics=%u mode=%s sidecar=%s base=%s\n",
+                info.kind, adapter_mem_layers(model, info.n_layer).c_str(), info.rank, info.n_state, info.n_chunk, info.semantics,
                 llama_adapter_mem_mode_name(info.mode), info.sidecar_sha256, info.base_sha256);
     }
     return true;
@@ -162,6 +162,6 @@ void common_adapter_mem::measure(const char * path_model, llama_model * model) {
     // a base that it does not fit is refused by set(), with the weights loaded
     char err[1024];
     if (!llama_model_set_adapter_mem(model, cur->sidecar_measure.get(), cur->mode, cur->untested, err, sizeof(err))) {
-        LOG_WRN("rwkv-ms: measuring without the sidecar: %s\n", err);
+        LOG_WRN("memory: measuring without the sidecar: %s\n", err);
     }
 }

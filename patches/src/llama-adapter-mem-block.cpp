@@ -31,11 +31,11 @@ static llama_adapter_mem_block_header adapter_mem_block_header_init(const llama_
     res.version   = ADAPTER_MEM_BLOCK_VERSION;
     res.n_header  = sizeof(res);
     res.n_layer   = adapter.info.n_layer;
-    res.n_head    = adapter.info.n_head;
-    res.n_state   = adapter.info.n_state;
-    res.rank      = adapter.info.rank;
-    res.n_chunk   = adapter.info.n_chunk;
-    res.semantics = adapter.info.semantics;
+    res.n_head    = adapter.core.params.n_head;
+    res.n_state   = adapter.core.params.n_state;
+    res.rank      = adapter.core.params.n_rank;
+    res.n_chunk   = adapter.core.params.n_chunk;
+    res.semantics = adapter.core.params.semantics; // 0: the delta rule
     res.n_cell    = adapter.core.n_cell();
 
     adapter_mem_from_hex(res.fingerprint, adapter.info.fingerprint);

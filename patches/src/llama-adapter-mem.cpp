@@ -216,9 +216,9 @@ llama_adapter_mem::llama_adapter_mem(const llama_model & model, const llama_adap
     info.n_layer   = sidecar.layers.size();
     info.rank      = params.n_rank;
     info.n_head    = params.n_head;
-    info.n_state   = params.n_state;
-    info.n_chunk   = params.n_chunk;
-    info.semantics = params.semantics;
+    info.n_state   = hparams.n_state;
+    info.n_chunk   = hparams.n_chunk;
+    info.semantics = hparams.semantics;
     info.alpha     = hparams.alpha;
     info.mode      = mode;
 
@@ -306,12 +306,12 @@ llama_memory_i * llama_adapter_mem::wrap(const llama_model & model, llama_memory
     }
     if (info.mode != LLAMA_ADAPTER_MEM_MODE_BATCHED && cparams.n_seq_max > 1) {
         throw std::runtime_error(format(
-                "rwkv-ms: mode '%s' allows one sequence, this context has %u: use one, or --memory-mode batched",
+                "memory: mode '%s' allows one sequence, this context has %u: use one, or --memory-mode batched",
                 llama_adapter_mem_mode_name(info.mode), cparams.n_seq_max));
     }
     if (info.mode == LLAMA_ADAPTER_MEM_MODE_SERIAL && cparams.n_ubatch > 1) {
         throw std::runtime_error(format(
-                "rwkv-ms: mode 'serial' allows --ubatch-size 1, this context has %u: use 1, or --memory-mode fused",
+                "memory: mode 'serial' allows --ubatch-size 1, this context has %u: use 1, or --memory-mode fused",
                 cparams.n_ubatch));
     }
     return new llama_memory_adapter(model, *this, std::move(res), cparams.offload_kqv, cparams.n_seq_max);

@@ -63,7 +63,7 @@ llama_memory_adapter::llama_memory_adapter(
             throw std::runtime_error("failed to allocate a buffer for the states of the memory");
         }
 
-        LLAMA_LOG_INFO("%s: %10s RWKV-MS state buffer size = %8.2f KiB\n", __func__,
+        LLAMA_LOG_INFO("%s: %10s memory state buffer size = %8.2f KiB\n", __func__,
                 ggml_backend_buft_name(buft), ggml_backend_buffer_get_size(buf.get()) / 1024.0);
 
         // NaN everywhere: a cell that is used before it was zeroed is found by the op's range check

@@ -44,7 +44,7 @@ static std::string adapter_mem_reason(int id_slot, const char * def) {
     if (what.empty()) {
         return def;
     }
-    LOG_WRN("rwkv-ms: slot %d: rolled back, nothing is changed: %s\n", id_slot, what.c_str());
+    LOG_WRN("memory: slot %d: rolled back, nothing is changed: %s\n", id_slot, what.c_str());
     return what;
 }
 

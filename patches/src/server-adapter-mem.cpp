@@ -64,22 +64,22 @@ void server_adapter_mem_log(const llama_model * model, const common_params & par
     }
 
     if (params.n_parallel == 1) {
-        LOG_INF("rwkv-ms: one slot\n");
+        LOG_INF("memory: one slot\n");
     } else {
-        LOG_INF("rwkv-ms: %d slots\n", params.n_parallel);
+        LOG_INF("memory: %d slots\n", params.n_parallel);
     }
-    LOG_INF("rwkv-ms: prompt cache %s: cache_prompt=%d cache_ram=%d MiB\n",
+    LOG_INF("memory: prompt cache %s: cache_prompt=%d cache_ram=%d MiB\n",
             params.cache_prompt || params.cache_ram_mib != 0 ? "on" : "off", params.cache_prompt, params.cache_ram_mib);
-    LOG_INF("rwkv-ms: context checkpoints %s: max=%d\n", params.n_ctx_checkpoints > 0 ? "on" : "off", params.n_ctx_checkpoints);
-    LOG_INF("rwkv-ms: warm-up %s\n", params.warmup ? "done" : "skipped");
+    LOG_INF("memory: context checkpoints %s: max=%d\n", params.n_ctx_checkpoints > 0 ? "on" : "off", params.n_ctx_checkpoints);
+    LOG_INF("memory: warm-up %s\n", params.warmup ? "done" : "skipped");
     if (params.slot_save_path.empty()) {
-        LOG_INF("rwkv-ms: slot save/restore disabled\n");
+        LOG_INF("memory: slot save/restore disabled\n");
     } else {
-        LOG_INF("rwkv-ms: slot save/restore enabled: %s\n", params.slot_save_path.c_str());
+        LOG_INF("memory: slot save/restore enabled: %s\n", params.slot_save_path.c_str());
     }
     // a context that could drop the end of a sequence would let the memory of it stay
     if (seq_rm_type == COMMON_CONTEXT_SEQ_RM_TYPE_FULL && params.n_cache_reuse == 0) {
-        LOG_INF("rwkv-ms: exact-prefix reuse: a prompt reuses a sequence only if it extends all of it\n");
+        LOG_INF("memory: exact-prefix reuse: a prompt reuses a sequence only if it extends all of it\n");
     }
 }
 
