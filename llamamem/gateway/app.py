@@ -148,7 +148,7 @@ class Gateway:
                 extras["rwkv_ms"] = body["rwkv_ms"]  # the server says what is wrong with it
             await self._pass(exchange, path.path, json.dumps(extras).encode())
             return
-        if not isinstance(body.get("rwkv_ms") or {}, dict):
+        if not isinstance(body.get("rwkv_ms"), dict | None):
             raise Refusal(400, "rwkv_ms is not an object")
         if "memory" in asked.extras:
             raise Refusal(400, "rwkv_ms.memory: the request names a session too, whose memory it runs on; give one")

@@ -202,8 +202,10 @@ class _Turn:
         if listener.error:  # the server said so itself
             await self.exchange.end(tail + rest)
             return
+        if listener.last is None:
+            raise gone()
         await self._settle(held, listener.last, listener.answer(), origin, served)
-        await self.exchange.end(_retold(tail + rest, listener.last or {}))
+        await self.exchange.end(_retold(tail + rest, listener.last))
 
     def _end_in(self, events: bytes) -> int:
         """Where the events of the answer's end begin."""
