@@ -58,7 +58,7 @@ class Exchange:
         """The object in the body; Refusal for anything else."""
         data = await self.body()
         try:
-            value = json.loads(data or b"{}")
+            value = json.loads(data)
         except (ValueError, RecursionError):  # the reason would have a piece of the text in it
             raise Refusal(400, "the body is not JSON") from None
         if not isinstance(value, dict):

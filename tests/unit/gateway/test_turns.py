@@ -455,14 +455,20 @@ def test_a_server_that_answers_on_another_memory_is_not_believed(front: Front) -
 def test_an_end_in_order_waits_for_what_is_being_answered(llama: FakeLlama) -> None:
     from llamamem.gateway import Gateway, Running, Settings, Upstream, listen
 
-    store, answers = MemoryStore(), list[httpx.Response]()
-    llama.before = lambda path, body: time.sleep(0.5) if body and body.get("messages") else None
+    store, answers, asked = MemoryStore(), list[httpx.Response](), threading.Event()
+
+    def before(path: str, body: Any) -> None:
+        if body and body.get("messages"):
+            asked.set()
+            time.sleep(0.5)
+
+    llama.before = before
     with Running(Gateway(store, Upstream(llama.url), Settings()), listen("127.0.0.1", 0), grace=5) as running:
         url = f"http://127.0.0.1:{running.port}/session/anna/v1/chat/completions"
         body = {"messages": [{"role": "user", "content": "a"}]}
         asks = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, trust_env=False)))
         asks.start()
-        time.sleep(0.2)
+        assert asked.wait(10)
     asks.join()
     assert answers[0].status_code == 200 and store.read("anna").session.generation == 1
     with pytest.raises(httpx.ConnectError):
