@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,28 @@ def test_errors_are_one_line(
     done = run(*args, "hello")
     assert done.status == 2 and done.out == ""
     assert done.err.startswith("llamamem: error: ") and said in done.err and done.err.count("\n") == 1
+
+
+@pytest.fixture
+def no_template(tmp_path: Path) -> Path:
+    """model_a without a chat template, as many a base is published."""
+    folder = tmp_path / "base"
+    shutil.copytree(MODEL_A, folder, ignore=shutil.ignore_patterns("*.npz", "*.gguf"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = folder / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({key: value for key, value in values.items() if key != "chat_template"}))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["run", "parity"])
+def test_a_base_without_a_chat_template(llamamem: Any, no_template: Path, command: str) -> None:
+    """Exit status 2: 1 would mean that the two sides differ."""
+    files = {
+        "run": ("hello", "--base", no_template, "--max-tokens", "2"),
+        "parity": ("--base", no_template, "--model", MODEL_A / "model-f32.gguf", "--sidecar", SIDECAR),
+    }[command]
+    done = llamamem("reference", command, *files)
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith("llamamem: error: ") and done.err.count("\n") == 1
+    assert "chat template" in done.err and "chat_template.jinja" in done.err

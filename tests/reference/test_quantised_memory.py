@@ -1,0 +1,169 @@
+"""The memory on quantised bases against PyTorch on the dequantised ones.
+
+ggml rounds more than the weights: before a product with quantised weights it rounds the activations, to 8 bits a
+block. So the reference is run twice on the weights that llama-quantize left: as it is, and with the inputs of its
+projections rounded in the same way. The second must agree with the runtime; the first may be off by what the second is
+off from it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs llamamem[reference]")
+pytest.importorskip("transformers", reason="needs llamamem[reference]")
+
+from make_checkpoint import Memory, write_checkpoint  # noqa: E402
+from quantised_runs import native_memory  # noqa: E402
+
+from llamamem.formats.demo_files import demo_files  # noqa: E402
+from llamamem.formats.sidecar.copy import rebind_sidecar  # noqa: E402
+from llamamem.formats.sidecar.export import export_sidecar  # noqa: E402
+from llamamem.native.build import find_build  # noqa: E402
+from llamamem.reference import gguf_base  # noqa: E402
+from llamamem.reference.attach import attach  # noqa: E402
+from llamamem.reference.base import load_base  # noqa: E402
+from llamamem.reference.conversation import Conversation  # noqa: E402
+
+TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_S", "IQ4_NL", "BF16", "F16")
+DEMO_BASE = demo_files().model.parent / "base"
+HIDDEN, LAYERS, HEADS, KV_HEADS, DIM, FULL_DIM = 256, 8, 4, 2, 64, 128
+IDS = [2, *np.random.default_rng(3).integers(300, 700, 47).tolist()]
+Round = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma 4 whose rows are wide enough for every type, with the demo's tokenizer."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    folder = tmp_path_factory.mktemp("hf")
+    values = json.loads((DEMO_BASE / "config.json").read_text())
+    values |= {"hidden_size": HIDDEN, "intermediate_size": 1024, "num_attention_heads": HEADS}
+    values |= {"num_key_value_heads": KV_HEADS, "head_dim": DIM, "hidden_size_per_layer_input": 32, "dtype": "float32"}
+    values["per_layer_config"] = {layer: {"head_dim": FULL_DIM} for layer in values["per_layer_config"]}
+    torch.manual_seed(11)
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**values))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    model.to(torch.bfloat16).float().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_BASE / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(hugging_face: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same as F32 GGUF, and a sidecar for it."""
+    folder = tmp_path_factory.mktemp("gguf")
+    base, sidecar = folder / "f32.gguf", folder / "memory.gguf"
+    gguf_base.convert_base(hugging_face, base, "random-gemma4")
+    full = [kind == "full_attention" for kind in json.loads((DEMO_BASE / "config.json").read_text())["layer_types"]]
+    widths = {}
+    for layer in range(6):
+        dim = FULL_DIM if full[layer] else DIM
+        widths[layer] = (HEADS * dim, KV_HEADS * dim, KV_HEADS * dim, HIDDEN)
+    write_checkpoint(folder / "checkpoint", Memory("random-gemma4", HIDDEN, widths, chunk=16), seed=4)
+    export_sidecar(folder / "checkpoint", base, sidecar)
+    return base, sidecar
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Callable[..., Any]]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda *args: pool.submit(native_memory, *args).result()
+
+
+@dataclass(frozen=True)
+class Quantised:
+    kind: str
+    base: Path
+    sidecar: Path
+    weights: dict[str, np.ndarray]  # dequantised, by GGUF name
+    types: dict[str, str]
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def quantised(request: Any, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Quantised:
+    folder = tmp_path_factory.mktemp(request.param)
+    base, sidecar = folder / "base.gguf", folder / "memory.gguf"
+    program = find_build().bin_dir / "llama-quantize"
+    subprocess.run([program, files[0], base, request.param, "1"], check=True, capture_output=True, timeout=120)
+    rebind_sidecar(files[1], base, sidecar)
+    tensors = gguf.GGUFReader(base).tensors
+    weights = {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(list(reversed(t.shape.tolist()))) for t in tensors
+    }
+    return Quantised(request.param, base, sidecar, weights, {t.name: t.tensor_type.name for t in tensors})
+
+
+def to_q8_0(x: Any) -> Any:
+    """ggml's Q8_0 of activations: 32 to a scale, which is F16."""
+    blocks = x.reshape(-1, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    steps = torch.where(scale > 0, blocks / scale, 0.0)
+    return (torch.floor(steps.abs() + 0.5) * steps.sign() * scale.half().float()).reshape(x.shape)
+
+
+def to_q8_k(x: Any) -> Any:
+    """ggml's Q8_K: 256 to a scale, by which the largest is -127."""
+    blocks = x.reshape(-1, 256)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    steps = torch.where(largest != 0, -127 / largest, 0.0)
+    rounded = (steps * blocks).round().clamp(max=127)
+    return torch.where(largest != 0, rounded / steps, 0.0).reshape(x.shape)
+
+
+ROUNDS: dict[str, Round] = {
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL"), to_q8_0),
+    **dict.fromkeys(("Q4_K", "Q5_K", "Q6_K"), to_q8_k),
+    "BF16": lambda x: x.bfloat16().float(),
+    "F16": lambda x: x.half().float(),
+    "F32": lambda x: x,
+}
+
+
+def reference_memory(folder: Path, model: Quantised, *, rounds: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    base = load_base(folder, gelu="ggml")
+    with torch.no_grad():
+        for name, parameter in base.model.named_parameters():
+            if name != "lm_head.weight":
+                parameter.copy_(torch.from_numpy(model.weights[gguf_base._name(name)]))
+    for name, module in base.model.named_modules():
+        if rounds and isinstance(module, torch.nn.Linear) and name != "lm_head":
+            kind = ROUNDS[model.types[gguf_base._name(f"{name}.weight")]]
+            module.register_forward_pre_hook(lambda _, args, kind=kind: (kind(args[0]), *args[1:]))
+    memory = attach(base.model, model.sidecar)
+    Conversation(base, memory).feed(IDS)
+    states = list(memory.state.values())
+    S, prev = (np.stack([getattr(state, name)[0].numpy() for state in states]) for name in ("S", "prev"))
+    return S, prev, [int(state.n) for state in states]
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each layer the largest difference, a part of its largest number."""
+    assert np.isfinite(a).all() and np.isfinite(b).all()
+    axes = tuple(range(1, a.ndim))
+    return np.abs(a - b).max(axes) / np.abs(b).max(axes)
+
+
+def test_the_memory_is_that_of_the_reference(quantised: Quantised, hugging_face: Path, runtime: Any) -> None:
+    S, prev, n = runtime(quantised.base, quantised.sidecar, IDS)
+    plain_S, plain_prev, plain_n = reference_memory(hugging_face, quantised, rounds=False)
+    rounded_S, rounded_prev, _ = reference_memory(hugging_face, quantised, rounds=True)
+    assert n == plain_n == [len(IDS)] * 6
+    for got, plain, rounded in ((S, plain_S, rounded_S), (prev, plain_prev, rounded_prev)):
+        print(quantised.kind, "plain", apart(got, plain).round(6), "rounded", apart(got, rounded).round(6), "own", apart(rounded, plain).round(6))
