@@ -18,19 +18,19 @@ endif()
 
 function(llamamem_fuzz_targets)
     set(SRC "${CMAKE_SOURCE_DIR}/patches/src")
-    add_executable(fuzz-rwkv-ms-sidecar
-        "${CMAKE_SOURCE_DIR}/tests/fuzz/fuzz-rwkv-ms-sidecar.cpp"
-        "${SRC}/llama-rwkv-ms-config.cpp"
-        "${SRC}/llama-rwkv-ms-gguf.cpp"
-        "${SRC}/llama-rwkv-ms-sha256.cpp"
-        "${SRC}/llama-rwkv-ms-sidecar.cpp"
-        "${SRC}/llama-rwkv-ms-sidecar-keys.cpp"
-        "${SRC}/llama-rwkv-ms-sidecar-tensors.cpp")
-    set_target_properties(fuzz-rwkv-ms-sidecar PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
-    target_compile_features(fuzz-rwkv-ms-sidecar PRIVATE cxx_std_17)
-    target_compile_options(fuzz-rwkv-ms-sidecar PRIVATE -UNDEBUG -Wall -Wextra)
-    target_include_directories(fuzz-rwkv-ms-sidecar PRIVATE "${SRC}" "${LLAMAMEM_TREE}/src" "${LLAMAMEM_TREE}/vendor")
-    target_link_libraries(fuzz-rwkv-ms-sidecar PRIVATE ggml-base)
-    target_link_options(fuzz-rwkv-ms-sidecar PRIVATE -fsanitize=fuzzer)
-    add_custom_target(llamamem-fuzz ALL DEPENDS fuzz-rwkv-ms-sidecar)
+    add_executable(fuzz-adapter-mem-sidecar
+        "${CMAKE_SOURCE_DIR}/tests/fuzz/fuzz-adapter-mem-sidecar.cpp"
+        "${SRC}/llama-adapter-mem-config.cpp"
+        "${SRC}/llama-adapter-mem-gguf.cpp"
+        "${SRC}/llama-adapter-mem-sha256.cpp"
+        "${SRC}/llama-adapter-mem-sidecar.cpp"
+        "${SRC}/llama-adapter-mem-sidecar-keys.cpp"
+        "${SRC}/llama-adapter-mem-sidecar-tensors.cpp")
+    set_target_properties(fuzz-adapter-mem-sidecar PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
+    target_compile_features(fuzz-adapter-mem-sidecar PRIVATE cxx_std_17)
+    target_compile_options(fuzz-adapter-mem-sidecar PRIVATE -UNDEBUG -Wall -Wextra)
+    target_include_directories(fuzz-adapter-mem-sidecar PRIVATE "${SRC}" "${LLAMAMEM_TREE}/src" "${LLAMAMEM_TREE}/vendor")
+    target_link_libraries(fuzz-adapter-mem-sidecar PRIVATE ggml-base)
+    target_link_options(fuzz-adapter-mem-sidecar PRIVATE -fsanitize=fuzzer)
+    add_custom_target(llamamem-fuzz ALL DEPENDS fuzz-adapter-mem-sidecar)
 endfunction()

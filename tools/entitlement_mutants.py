@@ -42,7 +42,7 @@ class Mutant:
 
 
 SERVER, RUNTIME = "vendor/llama.cpp/tools/server/", "patches/src/"
-SLOTS, REQUESTS = RUNTIME + "server-rwkv-ms-slots.cpp", RUNTIME + "server-rwkv-ms.cpp"
+SLOTS, REQUESTS = RUNTIME + "server-adapter-mem-slots.cpp", RUNTIME + "server-adapter-mem.cpp"
 
 # the key of a text, whole: what is left out of it is left out of the test for an empty one too
 KEY = """    if (!origin && setting.frozen == def.frozen && setting.scale == def.scale && setting.lora == def.lora) {
@@ -144,14 +144,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "begin-origin",
         "a text begins on no memory",
         SLOTS,
-        "llama_rwkv_ms_seq_start(ctx, id_slot, params.origin ? params.origin->values.data() : nullptr);",
-        "llama_rwkv_ms_seq_start(ctx, id_slot, nullptr);",
+        "llama_adapter_mem_seq_start(ctx, id_slot, params.origin ? params.origin->values.data() : nullptr);",
+        "llama_adapter_mem_seq_start(ctx, id_slot, nullptr);",
     ),
     Mutant(
         "begin-setting",
         "the setting is that of the text before",
         SLOTS,
-        "    llama_rwkv_ms_seq_set(ctx, id_slot, params.setting.frozen, params.setting.scale);\n",
+        "    llama_adapter_mem_seq_set(ctx, id_slot, params.setting.frozen, params.setting.scale);\n",
         "",
     ),
     Mutant(
@@ -209,14 +209,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "file-setting",
         "a slot file is taken for one of the default setting",
         SLOTS,
-        "    llama_rwkv_ms_seq_get(ctx, id_slot, &slot.setting.frozen, &slot.setting.scale);\n",
+        "    llama_adapter_mem_seq_get(ctx, id_slot, &slot.setting.frozen, &slot.setting.scale);\n",
         "",
     ),
     Mutant(
         "file-origin",
         "a slot file, a checkpoint and the prompt cache forget the memory that a text began on",
-        RUNTIME + "llama-rwkv-ms-memory.cpp",
-        "if (!has_origin || kind == LLAMA_RWKV_MS_BLOCK_MEMORY) {",
+        RUNTIME + "llama-memory-adapter.cpp",
+        "if (!has_origin || kind == LLAMA_ADAPTER_MEM_BLOCK_MEMORY) {",
         "if (true) {",
     ),
     Mutant(

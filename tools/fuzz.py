@@ -28,7 +28,7 @@ from llamamem.native.compile import run_cmake, run_ninja
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "fuzz"
 CORPUS, FINDINGS = PLACE / "corpus", PLACE / "findings"
-TARGET = "fuzz-rwkv-ms-sidecar"
+TARGET = "fuzz-adapter-mem-sidecar"
 READER_TEST = "tests/unit/formats/sidecar/test_reader_fuzz.py"
 
 _PROBE = """#include <stddef.h>
@@ -100,7 +100,7 @@ def _fuzz_reader(seconds: int) -> bool:
 
 def _coverage() -> int:
     """Prints llvm-cov's table of the loader's files for corpus and seeds."""
-    program, sources = _build("coverage"), sorted((ROOT / "patches" / "src").glob("llama-rwkv-ms-*.cpp"))
+    program, sources = _build("coverage"), sorted((ROOT / "patches" / "src").glob("llama-adapter-mem-*.cpp"))
     loader = [
         path for path in sources if re.search(r"-(gguf|config|sidecar|sidecar-keys|sidecar-tensors)\.cpp$", path.name)
     ]

@@ -4,7 +4,7 @@
 
 A case `c` has keys `c.sizes` (hidden rank heads states chunk semantics update_mode couple_lambda n_past), `c.alpha` and
 `c.erase_gate`, weights `c.w.NAME`, inputs `c.h c.S c.prev c.mask`, and what comes out: `c.trace` [T, 13*D + N*M] as in
-`llama_rwkv_ms_eval`, `c.delta_q`, `c.delta_o`, `c.final_S`, `c.final_prev`, `c.final_pos`. All F32 but the mask and
+`llama_adapter_mem_eval`, `c.delta_q`, `c.delta_o`, `c.final_S`, `c.final_prev`, `c.final_pos`. All F32 but the mask and
 final_pos (I32), in torch order. The same NumPy gives the same bytes.
 """
 

@@ -1,4 +1,4 @@
-"""llamamem fixture: runs layer fixtures through the oracle and the compiled op."""
+"""llamamem fixture: runs recorded fixtures, of one layer or of a whole model, through every implementation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from llamamem.proof.fixtures import FixtureReport, check_fixtures
+from llamamem.proof.model_fixtures import LOGITS, STATES, CaseReport, check_model_fixture
 
 
 class Engine(str, Enum):
@@ -30,42 +31,118 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Layer fixtures, .npz or .json.", show_default=False)
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="Layer fixtures, .npz or .json, or folders of whole models.", show_default=False
+        ),
     ],
     engine: Annotated[
-        Engine, typer.Option(help="The NumPy oracle, the compiled op, both, or the PyTorch reference.")
-    ] = Engine.numpy,
-    atol: Annotated[float, typer.Option(min=0.0, help="Largest absolute difference that passes.")] = 1e-5,
+        Engine | None,
+        typer.Option(
+            help="numpy, the oracle (what a layer is run through unless told otherwise); torch, the reference (a folder"
+            " likewise); native, the runtime; both: the first of these that there is, and native."
+        ),
+    ] = None,
+    atol: Annotated[
+        float | None,
+        typer.Option(min=0.0, help=f"Largest absolute difference that passes: 1e-5 of a layer, {LOGITS:g} of logits."),
+    ] = None,
+    atol_states: Annotated[
+        float, typer.Option(min=0.0, help="The same of the memory's values, of a whole model.")
+    ] = STATES,
+    bin_dir: Annotated[Path | None, typer.Option(help="A build made elsewhere, for whole models.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
 ) -> None:
-    """Run layer fixtures and print the largest absolute difference of each tensor.
+    """Run fixtures and print the largest absolute difference of each tensor.
 
-    Exit status: 0 all within --atol, 1 a difference is larger or not a number, 2 a file could not be run.
+    A folder is a whole model: the base in Hugging Face's form and as model*.gguf, an adapter's checkpoint, and
+    logits.npz. Each of its cases is run: without a memory, with it in one pass and token by token, on the memory of
+    another text with the KV cache dropped, and frozen. The runtime is the build with the exact GELU, with an F32 KV
+    cache, at microbatches of 1, 7 and 512.
+
+    Exit status: 0 all within the bounds, 1 a difference is larger or not a number, 2 something could not be run.
     """
-    engines = ["numpy", "native"] if engine is Engine.both else [engine.value]
-    reports = check_fixtures(files, engines, atol)
-    ok = all(report.ok for report in reports)
-    if as_json:
-        worst = {name: max((r for r in reports if r.engine == name), key=_badness) for name in engines}
-        summary = {name: report.as_json()["max_abs_diff"] for name, report in worst.items()}
-        files_json = [report.as_json() for report in reports]
-        typer.echo(json.dumps({"ok": ok, "atol": atol, "max_abs_diff": summary, "files": files_json}, allow_nan=False))
-    else:
+    files, folders = [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
+    reports = check_fixtures(files, _engines(engine, Engine.numpy), 1e-5 if atol is None else atol)
+    if not as_json:
         for report in reports:
             typer.echo(_lines(report))
-        failed = sum(not report.ok for report in reports)
-        worst_of_all = max(reports, key=_badness)
-        typer.echo(
-            f"{len(reports) - failed} of {len(reports)} within {atol:g}; "
-            f"largest difference {worst_of_all.max_abs_diff:.2e} ({worst_of_all.engine}, {worst_of_all.path.name})"
+    cases = [
+        case
+        for folder in folders
+        for name in _engines(engine, Engine.torch)
+        for case in check_model_fixture(
+            folder,
+            name,
+            atol=LOGITS if atol is None else atol,
+            atol_states=atol_states,
+            bin_dir=bin_dir,
+            show=(lambda case: None) if as_json else show_case,
         )
+    ]
+    ok = all(report.ok for report in reports) and all(case.ok for case in cases)
+    if as_json:
+        _print_json(ok, 1e-5 if atol is None else atol, reports, cases)
+    else:
+        summarize(reports, cases)
     if not ok:
         raise typer.Exit(1)
 
 
+def _engines(engine: Engine | None, default: Engine) -> list[str]:
+    if engine is Engine.both:
+        return [default.value, Engine.native.value]
+    return [(engine or default).value]
+
+
+def show_case(case: CaseReport) -> None:
+    """One line, as soon as it is known."""
+    verdict = "ok  " if case.ok else "FAIL"
+    states = "" if case.states is None else f"  states {case.states:.2e}"
+    counters = "" if case.counters_equal else "  other counters"
+    more = f"  {case.argmax_differences} other argmax" if case.argmax_differences else ""
+    typer.echo(
+        f"{verdict} logits {case.logits:.2e}{states}{counters}{more}  {case.engine:16}  {case.fixture} {case.case}"
+    )
+
+
+def summarize(reports: list[FixtureReport], cases: list[CaseReport]) -> None:
+    if reports:
+        failed = sum(not report.ok for report in reports)
+        worst = max(reports, key=_badness)
+        typer.echo(
+            f"{len(reports) - failed} of {len(reports)} within {worst.atol:g}; "
+            f"largest difference {worst.max_abs_diff:.2e} ({worst.engine}, {worst.path.name})"
+        )
+    if cases:
+        failed = sum(not case.ok for case in cases)
+        logits = max(cases, key=lambda case: _worst(case.logits))
+        states = max((_worst(case.states) for case in cases if case.states is not None), default=0.0)
+        typer.echo(
+            f"{len(cases) - failed} of {len(cases)} within {logits.atol:g} and {logits.atol_states:g}; largest "
+            f"difference of logits {logits.logits:.2e} ({logits.case} of {logits.fixture.name}), of states {states:.2e}"
+        )
+
+
+def _print_json(ok: bool, atol: float, reports: list[FixtureReport], cases: list[CaseReport]) -> None:
+    found: dict[str, object] = {"ok": ok}
+    if reports:
+        engines = dict.fromkeys(report.engine for report in reports)
+        worst = {name: max((r for r in reports if r.engine == name), key=_badness) for name in engines}
+        summary = {name: report.as_json()["max_abs_diff"] for name, report in worst.items()}
+        found |= {"atol": atol, "max_abs_diff": summary, "files": [report.as_json() for report in reports]}
+    if cases:
+        bounds = {"atol": cases[0].atol, "atol_states": cases[0].atol_states}
+        found["models"] = {**bounds, "cases": [case.as_json() for case in cases]}
+    typer.echo(json.dumps(found, allow_nan=False))
+
+
 def _badness(report: FixtureReport) -> float:
-    diff = report.max_abs_diff
+    return _worst(report.max_abs_diff)
+
+
+def _worst(diff: float) -> float:
     return diff if diff == diff else float("inf")
 
 

@@ -20,9 +20,15 @@ def register(app: typer.Typer) -> None:
 
 
 def parity(
-    model: Annotated[Path, typer.Option(help="Base GGUF.")],
-    ids: Annotated[Path, typer.Option(help=".npy or FILE.npz:NAME, token ids [n], fed from position 0.")],
-    logits: Annotated[Path, typer.Option(help=".npy or FILE.npz:NAME, reference logits [n, vocabulary].")],
+    model: Annotated[Path | None, typer.Option(help="Base GGUF.")] = None,
+    ids: Annotated[Path | None, typer.Option(help=".npy or FILE.npz:NAME, token ids [n], fed from position 0.")] = None,
+    logits: Annotated[
+        Path | None, typer.Option(help=".npy or FILE.npz:NAME, reference logits [n, vocabulary].")
+    ] = None,
+    fixture: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of a whole model: all of it, as `fixture check --engine native`."),
+    ] = None,
     sidecar: Annotated[Path | None, typer.Option(help="Memory sidecar GGUF; without it the base runs.")] = None,
     ubatch: Annotated[int, typer.Option(min=1, help="Tokens in a microbatch.")] = 512,
     kv: Annotated[KvType, typer.Option(help="Type of the KV cache.")] = KvType.f32,
@@ -41,9 +47,23 @@ def parity(
 ) -> None:
     """Compare the logits of every position with given ones, computed in process (flash attention off).
 
-    Exit status: 0 it ran, whatever it found, 1 max_abs_diff is above --atol, 2 it could not be run.
+    With --fixture DIR everything is in a folder: base, adapter, ids, logits and states. The sidecar is exported, and
+    every case is run with the exact GELU and an F32 KV cache, at microbatches of 1, 7 and 512.
+
+    Exit status: 0 it ran, whatever it found, 1 max_abs_diff is above --atol, or a case of --fixture above its bounds,
+    2 it could not be run.
     """
     from llamamem.errors import LlamamemError
+
+    if fixture is not None:
+        if model or ids or logits or sidecar or states:
+            raise LlamamemError("--fixture has all of it in its folder; give it alone")
+        from llamamem.cli.fixture import Engine, check
+
+        check([fixture], Engine.native, atol, bin_dir=bin_dir, as_json=as_json)
+        return
+    if model is None or ids is None or logits is None:
+        raise LlamamemError("give --model, --ids and --logits, or --fixture DIR")
     from llamamem.native.runtime import Model, load_library
     from llamamem.proof.parity import load_ids, load_logits, load_states, measure_parity
 

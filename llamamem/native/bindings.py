@@ -2,7 +2,7 @@
 
 The pure Python bindings (`llama-cpp-python`, installed with nothing compiled) load whatever directory
 `LLAMA_CPP_LIB_PATH` names when they are first imported, so a process has exactly one libllama for its whole life.
-Our own functions are declared here as `patches/src/llama-rwkv-ms.h` declares them.
+Our own functions are declared here as `patches/src/llama-adapter-mem.h` declares them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def floats(array: np.ndarray) -> Any:
     return array.ctypes.data_as(_c_float_p)
 
 
-class RwkvMsInfo(ctypes.Structure):
-    """`struct llama_rwkv_ms_info`."""
+class AdapterMemInfo(ctypes.Structure):
+    """`struct llama_adapter_mem_info`."""
 
     _fields_ = [
         ("sidecar_sha256", ctypes.c_char * 65),
@@ -57,8 +57,8 @@ class RwkvMsInfo(ctypes.Structure):
     ]
 
 
-class RwkvMsEvalParams(ctypes.Structure):
-    """`struct llama_rwkv_ms_eval_params`."""
+class AdapterMemEvalParams(ctypes.Structure):
+    """`struct llama_adapter_mem_eval_params`."""
 
     _fields_ = [
         ("n_embd", ctypes.c_uint32),
@@ -89,35 +89,35 @@ class RwkvMsEvalParams(ctypes.Structure):
 
 # name -> (argument types, result type); opaque structs are void pointers, as in the stock bindings
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
-    "llama_rwkv_ms_mode_from_name": ([ctypes.c_char_p], ctypes.c_int32),
-    "llama_rwkv_ms_mode_name": ([ctypes.c_int], ctypes.c_char_p),
-    "llama_rwkv_ms_build_id": ([], ctypes.c_char_p),
-    "llama_rwkv_ms_sidecar_init": (
+    "llama_adapter_mem_mode_from_name": ([ctypes.c_char_p], ctypes.c_int32),
+    "llama_adapter_mem_mode_name": ([ctypes.c_int], ctypes.c_char_p),
+    "llama_adapter_mem_build_id": ([], ctypes.c_char_p),
+    "llama_adapter_mem_sidecar_init": (
         [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t],
         ctypes.c_void_p,
     ),
-    "llama_rwkv_ms_sidecar_free": ([ctypes.c_void_p], None),
-    "llama_model_set_rwkv_ms": (
+    "llama_adapter_mem_sidecar_free": ([ctypes.c_void_p], None),
+    "llama_model_set_adapter_mem": (
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t],
         ctypes.c_bool,
     ),
-    "llama_model_rwkv_ms_info": ([ctypes.c_void_p, ctypes.POINTER(RwkvMsInfo)], ctypes.c_bool),
-    "llama_model_rwkv_ms_layer": ([ctypes.c_void_p, ctypes.c_uint32], ctypes.c_int32),
-    "llama_rwkv_ms_get_state": (
+    "llama_model_adapter_mem_info": ([ctypes.c_void_p, ctypes.POINTER(AdapterMemInfo)], ctypes.c_bool),
+    "llama_model_adapter_mem_layer": ([ctypes.c_void_p, ctypes.c_uint32], ctypes.c_int32),
+    "llama_adapter_mem_get_state": (
         [ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, _c_float_p, _c_float_p],
         ctypes.c_int64,
     ),
-    "llama_rwkv_ms_set_state": (
+    "llama_adapter_mem_set_state": (
         [ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, _c_float_p, _c_float_p, ctypes.c_int64],
         ctypes.c_bool,
     ),
-    "llama_rwkv_ms_state_save_file": ([ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32], ctypes.c_size_t),
-    "llama_rwkv_ms_state_load_file": ([ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32], ctypes.c_size_t),
-    "llama_rwkv_ms_state_error": ([], ctypes.c_char_p),
-    "llama_rwkv_ms_state_error_clear": ([], None),
-    "llama_rwkv_ms_seq_reset": ([ctypes.c_void_p, ctypes.c_int32], ctypes.c_bool),
-    "llama_rwkv_ms_seq_set": ([ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_float], ctypes.c_bool),
-    "llama_rwkv_ms_eval": ([ctypes.POINTER(RwkvMsEvalParams), ctypes.c_char_p, ctypes.c_size_t], ctypes.c_bool),
+    "llama_adapter_mem_state_save_file": ([ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32], ctypes.c_size_t),
+    "llama_adapter_mem_state_load_file": ([ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32], ctypes.c_size_t),
+    "llama_adapter_mem_state_error": ([], ctypes.c_char_p),
+    "llama_adapter_mem_state_error_clear": ([], None),
+    "llama_adapter_mem_seq_reset": ([ctypes.c_void_p, ctypes.c_int32], ctypes.c_bool),
+    "llama_adapter_mem_seq_set": ([ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_float], ctypes.c_bool),
+    "llama_adapter_mem_eval": ([ctypes.POINTER(AdapterMemEvalParams), ctypes.c_char_p, ctypes.c_size_t], ctypes.c_bool),
 }
 
 
@@ -125,24 +125,24 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 class Library:
     """The libllama of this process.
 
-    `api` is the stock low-level binding module; `rwkv_ms` our functions by name, empty for a stock library;
+    `api` is the stock low-level binding module; `adapter_mem` our functions by name, empty for a stock library;
     `build_id` the identity compiled into a patched library, None for a stock one.
     """
 
     lib_dir: Path
     exact_gelu: bool
     api: ModuleType
-    rwkv_ms: dict[str, Any]
+    adapter_mem: dict[str, Any]
     build_id: str | None
 
     def function(self, name: str) -> Any:
         """One of our C functions. Raises LlamamemError for a stock library."""
-        if name not in self.rwkv_ms:
+        if name not in self.adapter_mem:
             raise LlamamemError(
                 f"{self.lib_dir}: this libllama is not the patched build (no {name}): run `llamamem build`,"
                 " or point LLAMAMEM_BIN_DIR at a patched build"
             )
-        return self.rwkv_ms[name]
+        return self.adapter_mem[name]
 
 
 class _Log:
@@ -207,17 +207,19 @@ def load_library(
             f" and check that the bindings are {BINDINGS_REQUIREMENT}"
         ) from e
 
-    rwkv_ms: dict[str, Any] = {}
+    adapter_mem: dict[str, Any] = {}
     for name, (argtypes, restype) in _FUNCTIONS.items():
         function = getattr(api._lib, name, None)
         if function is not None:
             function.argtypes, function.restype = argtypes, restype
-            rwkv_ms[name] = function
+            adapter_mem[name] = function
     _log_callback = api.llama_log_callback(lambda level, text, _: _log.write(level, text.decode("utf-8", "replace")))
     api.llama_log_set(_log_callback, ctypes.c_void_p(0))
     api.llama_backend_init()
-    build_id = rwkv_ms["llama_rwkv_ms_build_id"]().decode() if "llama_rwkv_ms_build_id" in rwkv_ms else None
-    _library = Library(lib_dir, exact_gelu, api, rwkv_ms, build_id)
+    build_id = (
+        adapter_mem["llama_adapter_mem_build_id"]().decode() if "llama_adapter_mem_build_id" in adapter_mem else None
+    )
+    _library = Library(lib_dir, exact_gelu, api, adapter_mem, build_id)
     return _library
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.native.bindings import N_ERR, Library, RwkvMsEvalParams, floats, loaded_library
+from llamamem.native.bindings import N_ERR, AdapterMemEvalParams, Library, floats, loaded_library
 from llamamem.reference.oracle import FEATURES, HEADS, UPDATE_MODES, LayerTrace, MemoryShape
 
 __all__ = ["eval_layer"]
@@ -52,7 +52,7 @@ def eval_layer(
     # torch shape, 1 for the second size of a vector
     ne = np.array([(*t.shape, 1)[:2] for t in tensors.values()], np.int64).reshape(-1, 2)
     float_p = ctypes.POINTER(ctypes.c_float)
-    params = RwkvMsEvalParams(
+    params = AdapterMemEvalParams(
         n_embd=shape.hidden,
         rank=shape.rank,
         n_head=shape.heads,
@@ -78,7 +78,7 @@ def eval_layer(
         delta=(float_p * 4)(*(floats(deltas[x]) if x in deltas else float_p() for x in HEADS)),
     )
     err = ctypes.create_string_buffer(N_ERR)
-    if not library.function("llama_rwkv_ms_eval")(ctypes.byref(params), err, N_ERR):
+    if not library.function("llama_adapter_mem_eval")(ctypes.byref(params), err, N_ERR):
         raise LlamamemError(err.value.decode("utf-8", "replace"))
 
     result: LayerTrace = {"final_S": S, "final_pos": np.array(n_written.value)}

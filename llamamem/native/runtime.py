@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from llamamem.errors import LlamamemError
 from llamamem.native.bindings import (
     N_ERR,
+    AdapterMemInfo,
     Library,
-    RwkvMsInfo,
     begin_call,
     floats,
     load_library,
@@ -63,13 +63,13 @@ class Model:
         self.mode = mode
         api = library.api
         self.n_vocab: int = api.llama_vocab_n_tokens(api.llama_model_get_vocab(handle))
-        self.info: RwkvMsInfo | None = None  # None without a sidecar
+        self.info: AdapterMemInfo | None = None  # None without a sidecar
         self.layers: list[int] = []  # the target layers
-        info = RwkvMsInfo()
-        get_info = library.rwkv_ms.get("llama_model_rwkv_ms_info")
+        info = AdapterMemInfo()
+        get_info = library.adapter_mem.get("llama_model_adapter_mem_info")
         if get_info is not None and get_info(handle, ctypes.byref(info)):
             self.info = info
-            layer = library.function("llama_model_rwkv_ms_layer")
+            layer = library.function("llama_model_adapter_mem_layer")
             self.layers = [layer(handle, i) for i in range(info.n_layer)]
 
     @classmethod
@@ -95,7 +95,7 @@ class Model:
         err = ctypes.create_string_buffer(N_ERR)
         side = None
         if sidecar is not None:
-            side = library.function("llama_rwkv_ms_sidecar_init")(
+            side = library.function("llama_adapter_mem_sidecar_init")(
                 os.fsencode(_readable(sidecar, "sidecar")), os.fsencode(path), err, N_ERR
             )
             if not side:
@@ -108,13 +108,13 @@ class Model:
             if not handle:
                 raise LlamamemError(f"{path}: the model does not load: {logged_error()}")
             if side is not None:
-                set_memory = library.function("llama_model_set_rwkv_ms")
+                set_memory = library.function("llama_model_set_adapter_mem")
                 if not set_memory(handle, side, MODES.index(mode), err, N_ERR):
                     api.llama_model_free(handle)
                     raise LlamamemError(err.value.decode("utf-8", "replace"))
         finally:
             if side is not None:
-                library.function("llama_rwkv_ms_sidecar_free")(side)
+                library.function("llama_adapter_mem_sidecar_free")(side)
         return cls(library, handle, path, mode)
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ class Context:
         info = self._info(i)
         S = np.zeros((info.n_head, info.n_state, info.rank, info.rank), np.float32)
         prev = np.zeros(info.n_head * info.rank, np.float32)
-        n = self.model.library.function("llama_rwkv_ms_get_state")(self.handle, seq, i, floats(S), floats(prev))
+        n = self.model.library.function("llama_adapter_mem_get_state")(self.handle, seq, i, floats(S), floats(prev))
         if n < 0:
             raise LlamamemError(f"no memory state of sequence {seq} at target layer {i}")
         return State(S, prev, n)
@@ -259,7 +259,7 @@ class Context:
                 f"a state has S {list(shapes[0])} and prev {list(shapes[1])}, not {S.shape}, {prev.shape}"
             )
         begin_call()
-        set_state = self.model.library.function("llama_rwkv_ms_set_state")
+        set_state = self.model.library.function("llama_adapter_mem_set_state")
         if not set_state(self.handle, seq, i, floats(S), floats(prev), state.n):
             raise LlamamemError(f"the state of sequence {seq} at target layer {i} is refused: {logged_error()}")
 
@@ -269,11 +269,11 @@ class Context:
 
     def reset_memory(self, seq: int = 0) -> None:
         """Empties the memory of a sequence; its text stays."""
-        self._memory_call("llama_rwkv_ms_seq_reset", seq)
+        self._memory_call("llama_adapter_mem_seq_reset", seq)
 
     def set_memory(self, seq: int = 0, *, frozen: bool = False, scale: float = 1.0) -> None:
         """From now on: writes nothing if `frozen`, and the deltas are multiplied by `scale` (0: the base)."""
-        self._memory_call("llama_rwkv_ms_seq_set", seq, frozen, scale)
+        self._memory_call("llama_adapter_mem_seq_set", seq, frozen, scale)
 
     def clear(self) -> None:
         """Forgets everything: KV cache and memory of all sequences."""
@@ -327,14 +327,14 @@ class Context:
 
     def save_memory(self, path: str | os.PathLike[str], seq: int = 0) -> int:
         """Writes the memory of a sequence, without its text, to a file; returns the bytes. See docs/state-format.md."""
-        return self._memory_call("llama_rwkv_ms_state_save_file", os.fsencode(path), seq)
+        return self._memory_call("llama_adapter_mem_state_save_file", os.fsencode(path), seq)
 
     def load_memory(self, path: str | os.PathLike[str], seq: int = 0) -> None:
         """Puts it into a sequence, whose text is removed: it goes on at position 0, with what is remembered.
 
         Raises LlamamemError with the exact reason, and nothing changed, for a file that is damaged or another model's.
         """
-        self._memory_call("llama_rwkv_ms_state_load_file", os.fsencode(path), seq)
+        self._memory_call("llama_adapter_mem_state_load_file", os.fsencode(path), seq)
 
     def close(self) -> None:
         """Frees the caches."""
@@ -353,14 +353,14 @@ class Context:
     def _memory_call(self, name: str, *args: Any) -> int:
         library = self.model.library
         self._info(0)
-        library.function("llama_rwkv_ms_state_error_clear")()
+        library.function("llama_adapter_mem_state_error_clear")()
         result: int = library.function(name)(self.handle, *args)
         if not result:
-            reason = library.function("llama_rwkv_ms_state_error")().decode("utf-8", "replace")
+            reason = library.function("llama_adapter_mem_state_error")().decode("utf-8", "replace")
             raise LlamamemError(reason or f"{name}: refused: no such sequence, or a value that is not finite")
         return result
 
-    def _info(self, i: int) -> RwkvMsInfo:
+    def _info(self, i: int) -> AdapterMemInfo:
         info = self.model.info
         if info is None:
             raise LlamamemError(f"{self.model.path}: loaded without a sidecar, so it has no memory")
@@ -373,10 +373,10 @@ def loader_refusal(path: str | os.PathLike[str], *, library: Library | None = No
     """The line with which the runtime's own loader refuses a sidecar, whatever its base; None if it loads."""
     library = library or loaded_library()
     err = ctypes.create_string_buffer(N_ERR)
-    sidecar = library.function("llama_rwkv_ms_sidecar_init")(os.fsencode(path), None, err, N_ERR)
+    sidecar = library.function("llama_adapter_mem_sidecar_init")(os.fsencode(path), None, err, N_ERR)
     if not sidecar:
         return err.value.decode("utf-8", "replace")
-    library.function("llama_rwkv_ms_sidecar_free")(sidecar)
+    library.function("llama_adapter_mem_sidecar_free")(sidecar)
     return None
 
 

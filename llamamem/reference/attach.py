@@ -1,7 +1,7 @@
-"""Attaches RWKV-MS memories to the self-attention of a Hugging Face Gemma 4, with hooks; no weight of it is touched.
+"""Attaches memories to the self-attention of a Hugging Face model, with hooks; no weight of it is touched.
 
-The memory reads the hidden state after the input norm. Deltas of q, k and v are added to their projections, before
-norm and rope; that of o to the output projection, before the post-attention norm.
+The memory reads the hidden state after the input norm. Deltas of q, k and v are added to their projections, before the
+split into heads, norm and rope; that of o to the output projection, before the residual and any post-attention norm.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from llamamem.errors import LlamamemError
 from llamamem.formats.state import MEMORY as MEMORY_KIND
 from llamamem.formats.state import Identity, State, read_state, write_state
-from llamamem.reference.adapter import Adapter, read_adapter
-from llamamem.reference.torch_memory import FROZEN, LIVE, Memory, MemoryState
+from llamamem.reference.adapter import Adapter, Layer, read_adapter
+from llamamem.reference.torch_memory import FROZEN, LIVE, MemoryState
 
 FAULTS = ("skip-write", "lost-source", "shift-counter")
 
@@ -172,7 +172,7 @@ class Attached:
 
     # what the hooks do
 
-    def _hook(self, layer: int, memory: Memory, attention: nn.Module) -> None:
+    def _hook(self, layer: int, memory: Layer, attention: nn.Module) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             self._deltas[layer] = self._run(layer, memory, h)
@@ -185,7 +185,7 @@ class Attached:
 
             self._hooks.append(getattr(attention, f"{head}_proj").register_forward_hook(add))
 
-    def _run(self, layer: int, memory: Memory, h: Tensor) -> dict[str, Tensor]:
+    def _run(self, layer: int, memory: Layer, h: Tensor) -> dict[str, Tensor]:
         state = self._state.get(layer)
         if state is None:
             state = self._fresh(layer, len(h))
@@ -220,12 +220,19 @@ def attach(model: nn.Module, adapter: Adapter | str | Path, config: str | None =
 
 
 def attention_layers(model: nn.Module) -> dict[int, Any]:
-    """The text attention modules of a Hugging Face Gemma 4 by layer, whatever it is wrapped in."""
-    modules: Iterator[Any] = model.modules()
-    found = {int(m.layer_idx): m for m in modules if type(m).__name__ == "Gemma4TextAttention"}
+    """The self-attention modules of a model's text decoder by layer, whatever it is wrapped in."""
+    whole: Any = model
+    modules: Iterator[Any] = (whole.get_decoder() if hasattr(whole, "get_decoder") else whole).modules()
+    found = {int(m.layer_idx): m for m in modules if _is_attention(m)}
     if not found:
-        raise LlamamemError(f"{type(model).__name__} has no Gemma4TextAttention; a memory is supported on Gemma 4")
+        raise LlamamemError(
+            f"{type(model).__name__} has no layers with a q_proj and an o_proj; a memory needs both apart from others"
+        )
     return dict(sorted(found.items()))
+
+
+def _is_attention(module: Any) -> bool:
+    return all(hasattr(module, name) for name in ("layer_idx", "q_proj", "o_proj"))
 
 
 def projection_widths(attention: nn.Module) -> dict[str, int]:
@@ -234,7 +241,7 @@ def projection_widths(attention: nn.Module) -> dict[str, int]:
     return {head: module.out_features for head, module in modules.items() if module is not None}
 
 
-def _check_fits(layer: int, memory: Memory, attention: dict[int, Any]) -> None:
+def _check_fits(layer: int, memory: Layer, attention: dict[int, Any]) -> None:
     if layer not in attention:
         raise LlamamemError(f"target layer {layer} is not one of the base's {len(attention)}; attach to another base")
     widths = projection_widths(attention[layer])
@@ -243,7 +250,7 @@ def _check_fits(layer: int, memory: Memory, attention: dict[int, Any]) -> None:
         raise LlamamemError(
             f"layer {layer}: the adapter is for hidden size {memory.shape.hidden}, the base has {hidden}"
         )
-    if attention[layer].use_alternative_attention and {"k", "v"} & set(memory.delta_heads):
+    if getattr(attention[layer], "use_alternative_attention", False) and {"k", "v"} & set(memory.delta_heads):
         raise LlamamemError(f"layer {layer}: keys and values are one in this base; a delta of k or v would reach both")
     for head in memory.delta_heads:
         width = len(memory.get_parameter(f"delta_{head}_proj"))
@@ -254,7 +261,7 @@ def _check_fits(layer: int, memory: Memory, attention: dict[int, Any]) -> None:
 
 
 def _faulty(
-    memory: Memory, h: Tensor, state: MemoryState, mask: Tensor, faults: dict[int, str]
+    memory: Layer, h: Tensor, state: MemoryState, mask: Tensor, faults: dict[int, str]
 ) -> tuple[dict[str, Tensor], MemoryState]:
     """Token by token, with what is to go wrong at some of them."""
     pieces = []

@@ -1,4 +1,7 @@
-"""The base model and its tokenizer as Hugging Face has them: google/gemma-4-E4B-it, or a directory of that form."""
+"""The base model and its tokenizer as Hugging Face has them: google/gemma-4-E4B-it, or a directory of that form.
+
+Its weights may be those of a GGUF, dequantised.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import ADAPTER, CONFIG, METADATA
+from llamamem.reference.gguf_model import load_gguf
 
 Messages = Sequence[dict[str, str]]
 
@@ -23,8 +27,10 @@ _SENTINEL = "0sentinel0"
 GELUS = ("exact", "ggml")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_GELU_MODULES = ("Gemma3MLP", "Gemma4TextMLP", "Gemma4TextDecoderLayer")
+
 # what ends a turn, beside the model's own end-of-sequence tokens; llama.cpp has these names in its vocabulary too
-_END_OF_TURN = ("<turn|>", "<end_of_turn>")
+_END_OF_TURN = ("<turn|>", "<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,21 @@ def follow(render: Callable[[Messages], str], messages: Messages, end: str = "")
     return render(unknown).rpartition(_SENTINEL)[2].removeprefix(end)
 
 
-def load_base(name: str | Path, *, dtype: str = "float32", device: str = "cpu", gelu: str = "exact") -> Base:
+def load_base(
+    name: str | Path,
+    *,
+    weights: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    gelu: str = "exact",
+) -> Base:
     """Loads a base for inference, attention computed step by step as it is written down ("eager").
 
-    `name` is a directory or a repository of the Hugging Face hub. `gelu="ggml"` computes GELU through fp16 as
+    `name` is a directory or a repository of the Hugging Face hub. `weights` is a GGUF whose weights, dequantised, take
+    the place of the directory's: what is served is what is compared. `gelu="ggml"` computes GELU through fp16 as
     llama.cpp's CPU build does, for a closer comparison with that. Raises LlamamemError with what went wrong.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     if dtype not in DTYPES or gelu not in GELUS:
@@ -99,11 +113,24 @@ def load_base(name: str | Path, *, dtype: str = "float32", device: str = "cpu", 
     logging.disable_progress_bar()
     with _as_one_line(name, "the base"):
         tokenizer = AutoTokenizer.from_pretrained(str(name))
-        model = AutoModelForCausalLM.from_pretrained(str(name), dtype=DTYPES[dtype], attn_implementation="eager")
+        if weights is None:
+            model = AutoModelForCausalLM.from_pretrained(str(name), dtype=DTYPES[dtype], attn_implementation="eager")
+        else:
+            config = AutoConfig.from_pretrained(str(name))
+            model = load_gguf(weights, config).to(DTYPES[dtype])
+            model.generation_config = _generation_config(name, config)
     model = model.eval().requires_grad_(False).to(device)
     if gelu == "ggml":
         use_ggml_gelu(model)
     return Base(str(name), model, tokenizer, _stop_ids(model, tokenizer), gelu)
+
+
+def _generation_config(name: str | Path, config: Any) -> Any:
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):
+        return GenerationConfig.from_pretrained(str(name))
+    return GenerationConfig.from_model_config(config)
 
 
 def find_adapter(name: str | Path) -> Path:
@@ -120,7 +147,7 @@ def use_ggml_gelu(model: nn.Module) -> None:
     """Replaces every GELU of a model by ggml's on the CPU: within (-10, 10) a table of fp16 values by fp16 argument."""
     module: Any
     for module in model.modules():
-        if type(module).__name__ in ("Gemma4TextMLP", "Gemma4TextDecoderLayer") and hasattr(module, "act_fn"):
+        if type(module).__name__ in _GELU_MODULES and hasattr(module, "act_fn"):
             del module.act_fn
             module.act_fn = _ggml_gelu
 

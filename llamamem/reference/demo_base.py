@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,27 +44,28 @@ def new_base(seed: int) -> Gemma4ForCausalLM:
     """The untrained base: 8 layers, the sixth and the last with full attention, the last two with shared KV."""
     torch.manual_seed(seed)
     vocabulary = demo_tokenizer.vocabulary()
-    config = Gemma4TextConfig(
-        vocab_size=len(vocabulary.tokens),
-        vocab_size_per_layer_input=len(vocabulary.tokens),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        global_head_dim=32,
-        hidden_size_per_layer_input=8,
-        num_kv_shared_layers=2,
-        sliding_window=32,
-        final_logit_softcapping=30.0,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.06,
-        bos_token_id=demo_tokenizer.BOS,
-        eos_token_id=demo_tokenizer.EOS,
-        pad_token_id=demo_tokenizer.PAD,
-        dtype="float32",
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(vocabulary.tokens),
+        "vocab_size_per_layer_input": len(vocabulary.tokens),
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 32,
+        "final_logit_softcapping": 30.0,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.06,
+        "bos_token_id": demo_tokenizer.BOS,
+        "eos_token_id": demo_tokenizer.EOS,
+        "pad_token_id": demo_tokenizer.PAD,
+        "dtype": "float32",
+    }
+    config = Gemma4TextConfig(**settings)
     config._attn_implementation = "eager"
     return Gemma4ForCausalLM(config)
 
@@ -119,8 +120,9 @@ def _loss(model: Gemma4ForCausalLM, ids: Tensor, weights: Tensor, known: Tensor)
 def save_base(model: Gemma4ForCausalLM, folder: Path) -> None:
     """Writes the directory that Hugging Face reads: weights in BF16, which is exact, tokenizer and chat template."""
     vocabulary = demo_tokenizer.vocabulary()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    model.float()
+    whole: Any = model
+    whole.to(torch.bfloat16).save_pretrained(folder)
+    whole.float()
     for name, content in (
         ("tokenizer.json", demo_tokenizer.tokenizer_json(vocabulary)),
         ("tokenizer_config.json", demo_tokenizer.tokenizer_config()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,16 @@ F32 = np.float32
 # delta_{q,k,v,o} [T, width] for the heads in use; after the last token final_S [N, M, R, R], final_prev [D] and
 # final_pos [] (int64, tokens written). When features were given: raw_read, routes, final_S and final_pos only.
 LayerTrace = dict[str, np.ndarray]
+
+
+class Heads(Protocol):
+    """What has state heads: D = heads * rank."""
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -185,7 +196,7 @@ def project(w: Mapping[str, np.ndarray], read: np.ndarray, g: np.ndarray, shape:
     return (x.reshape(read.shape) * w["rwkv.ln_x.weight"] * g) @ w["rwkv.output.weight"].T
 
 
-def l2norm(x: np.ndarray, shape: MemoryShape, eps: float) -> np.ndarray:
+def l2norm(x: np.ndarray, shape: Heads, eps: float) -> np.ndarray:
     """x [T, D] with each head divided by max(its L2 norm, eps)."""
     heads = x.reshape(-1, shape.heads, shape.rank)
     return (heads / _clamped_norm(heads, eps)[..., None]).reshape(x.shape)

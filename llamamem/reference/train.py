@@ -137,7 +137,7 @@ class Trainer:
 
     def _begin(self, batch: int, rng: random.Random) -> None:
         shape = self.handle.adapter.shape
-        start = rng.randrange(shape.chunk * shape.states) if rng.random() < self.plan.shift else 0
+        start = rng.randrange(max(1, shape.chunk * shape.states)) if rng.random() < self.plan.shift else 0
         fresh = {layer: memory.fresh(batch) for layer, memory in self.handle.adapter.layers.items()}
         self.handle.state = {layer: state._replace(n=state.n + start) for layer, state in fresh.items()}
 

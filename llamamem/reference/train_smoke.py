@@ -14,10 +14,7 @@ from llamamem.reference.adapter import Adapter, read_adapter
 from llamamem.reference.attach import attach
 from llamamem.reference.torch_memory import LIVE
 from llamamem.reference.train import Trainer
-from llamamem.reference.trainable import save_adapter
-
-# in every checkpoint, and read by nothing in this backend
-_UNUSED = ("memory_q_proj", "memory_k_proj", "hrm_rwkv7_core.ln_x.bias")
+from llamamem.reference.trainable import is_used, save_adapter
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,7 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 def _is_used(adapter: Adapter, name: str) -> bool:
     layer, _, tail = name.partition(".")
-    heads = [f"delta_{head}_proj" for head in adapter.layers[int(layer)].delta_heads]
-    return tail not in _UNUSED and (not tail.startswith("delta_") or tail in heads)
+    return is_used(adapter.layers[int(layer)], tail)
 
 
 def _named(names: list[str], of: int) -> str:

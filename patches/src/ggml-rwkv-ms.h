@@ -52,7 +52,7 @@ GGML_API int64_t ggml_rwkv_ms_n_weight(const struct ggml_rwkv_ms_params * params
 // returns F32 [D, n_tokens]: the output of the core, to be multiplied by the delta heads;
 //         with params->trace [13*D + N*M, n_tokens]: s beta lam r w decay k v a b g read out, route
 //
-// The state is written in place, so the node has to run where the state lies: see llama_rwkv_ms_graph.
+// The state is written in place, so the node has to run where the state lies: see llama_adapter_mem_graph.
 GGML_API struct ggml_tensor * ggml_rwkv_ms(
         struct ggml_context *              ctx,
         struct ggml_tensor *               x,

@@ -2,9 +2,9 @@
 
 // A small sidecar, to be spoilt before it is written.
 
-#include "llama-rwkv-ms-config.h"
-#include "llama-rwkv-ms-sha256.h"
-#include "llama-rwkv-ms-sidecar.h"
+#include "llama-adapter-mem-config.h"
+#include "llama-adapter-mem-sha256.h"
+#include "llama-adapter-mem-sidecar.h"
 
 #include "ggml-cpp.h"
 #include "gguf.h"
@@ -224,7 +224,7 @@ struct test_sidecar {
                     { "gguf_type", type },
                     { "numel", numel },
                     { "bytes", t.data.size() },
-                    { "sha256_raw", llama_rwkv_ms_sha256::hex(llama_rwkv_ms_sha256::hash(t.data.data(), t.data.size())) },
+                    { "sha256_raw", llama_adapter_mem_sha256::hex(llama_adapter_mem_sha256::hash(t.data.data(), t.data.size())) },
             });
         }
         if (edit_manifest) {

@@ -197,7 +197,7 @@ static model_ptr model_load_on_device(int32_t n_gpu_layers, const char * path, c
 
     char err[512] = "";
     if (path_sidecar) {
-        CHECK(llama_model_load_rwkv_ms(model.get(), path_sidecar, no_alloc ? nullptr : path, LLAMA_RWKV_MS_MODE_BATCHED, err, sizeof(err)));
+        CHECK(llama_model_load_adapter_mem(model.get(), path_sidecar, no_alloc ? nullptr : path, LLAMA_ADAPTER_MEM_MODE_BATCHED, err, sizeof(err)));
     }
     return model;
 }
@@ -304,7 +304,7 @@ static void test_split_mode(const char * path, const char * path_sidecar) {
     CHECK(model);
 
     char err[256];
-    CHECK(!llama_model_load_rwkv_ms(model.get(), path_sidecar, path, LLAMA_RWKV_MS_MODE_BATCHED, err, sizeof(err)));
+    CHECK(!llama_model_load_adapter_mem(model.get(), path_sidecar, path, LLAMA_ADAPTER_MEM_MODE_BATCHED, err, sizeof(err)));
     CHECK(strstr(err, path_sidecar) && strstr(err, "--split-mode layer"));
 }
 

@@ -68,7 +68,7 @@ static double excess(const std::vector<float> & a, const std::vector<float> & b,
 static void test_case(const vectors & v, const std::string & c, uint32_t n_piece) {
     const int32_t * sizes = v.sizes(c);
 
-    llama_rwkv_ms_eval_params p = {};
+    llama_adapter_mem_eval_params p = {};
 
     p.n_embd        = sizes[0];
     p.rank          = sizes[1];
@@ -126,7 +126,7 @@ static void test_case(const vectors & v, const std::string & c, uint32_t n_piece
         p.delta[3] = delta_o.data() + i * width;
 
         char err[256] = "";
-        CHECK(llama_rwkv_ms_eval(&p, err, sizeof(err)));
+        CHECK(llama_adapter_mem_eval(&p, err, sizeof(err)));
         if (err[0]) {
             printf("  %s\n", err);
         }

@@ -2,7 +2,7 @@
 
 // What the native tests share: checks, small models and contexts, decoding, states.
 
-#include "llama-rwkv-ms.h"
+#include "llama-adapter-mem.h"
 
 #include <algorithm>
 #include <cmath>
@@ -53,7 +53,7 @@ static inline model_ptr model_load(const char * path, const char * path_sidecar)
     }
     if (path_sidecar) {
         char err[512];
-        if (!llama_model_load_rwkv_ms(model.get(), path_sidecar, path, LLAMA_RWKV_MS_MODE_BATCHED, err, sizeof(err))) {
+        if (!llama_model_load_adapter_mem(model.get(), path_sidecar, path, LLAMA_ADAPTER_MEM_MODE_BATCHED, err, sizeof(err))) {
             printf("%s\n", err);
             exit(1);
         }
@@ -120,8 +120,8 @@ static inline std::vector<token_at> text(llama_seq_id seq, int n, uint32_t seed,
 
 // all states of a sequence: matrices and previous sources of each layer, then the counters; empty if there is a NaN
 static inline std::vector<float> state(llama_context * ctx, llama_seq_id seq) {
-    llama_rwkv_ms_info info;
-    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
+    llama_adapter_mem_info info;
+    if (!llama_model_adapter_mem_info(llama_get_model(ctx), &info)) {
         return {};
     }
     const size_t n_S = info.n_head * info.n_state * info.rank * info.rank;
@@ -130,7 +130,7 @@ static inline std::vector<float> state(llama_context * ctx, llama_seq_id seq) {
     std::vector<float> res;
     for (uint32_t i = 0; i < info.n_layer; ++i) {
         std::vector<float> S(n_S, NAN), prev(n_p, NAN);
-        const int64_t      n = llama_rwkv_ms_get_state(ctx, seq, i, S.data(), prev.data());
+        const int64_t      n = llama_adapter_mem_get_state(ctx, seq, i, S.data(), prev.data());
         res.insert(res.end(), S.begin(), S.end());
         res.insert(res.end(), prev.begin(), prev.end());
         res.push_back((float) n);
@@ -167,14 +167,14 @@ static inline bool is_zero(const std::vector<float> & x) {
 
 // finite garbage in every cell: what is not cleared shows
 static inline void fill_garbage(llama_context * ctx, uint32_t n_seq) {
-    llama_rwkv_ms_info info;
-    if (!llama_model_rwkv_ms_info(llama_get_model(ctx), &info)) {
+    llama_adapter_mem_info info;
+    if (!llama_model_adapter_mem_info(llama_get_model(ctx), &info)) {
         return;
     }
     std::vector<float> S(info.n_head * info.n_state * info.rank * info.rank, 123.0f), prev(info.n_head * info.rank, -7.0f);
     for (uint32_t s = 0; s < n_seq; ++s) {
         for (uint32_t i = 0; i < info.n_layer; ++i) {
-            CHECK(llama_rwkv_ms_set_state(ctx, s, i, S.data(), prev.data(), 5));
+            CHECK(llama_adapter_mem_set_state(ctx, s, i, S.data(), prev.data(), 5));
         }
     }
     llama_memory_clear(llama_get_memory(ctx), true);

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from model_fixtures import models  # noqa: F401
 
 MODEL_A = Path(__file__).parents[1] / "data" / "model_a"
 

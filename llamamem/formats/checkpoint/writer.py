@@ -28,12 +28,14 @@ def write_checkpoint(
     folder: str | Path,
     tensors: Iterable[GgufTensor],
     config: Mapping[str, Any],
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None,
     *,
     format: str = "pt",
     force: bool = False,
 ) -> list[Path]:
-    """Writes the three files of a checkpoint and returns their paths. The same arguments give the same bytes.
+    """Writes the files of a checkpoint and returns their paths; without metadata there is no such file.
+
+    The same arguments give the same bytes.
 
     A directory with anything in it is refused without `force`, and even then no other file is touched. All files
     are written before the first takes its place.
@@ -42,7 +44,9 @@ def write_checkpoint(
     adapter = folder / f"{ADAPTER}.{format}"
     _check_folder(folder, adapter, force)
     data = {"pt": torch_zip, "safetensors": safetensors}[format](tensors)
-    files = {adapter: data, folder / CONFIG: _json(config), folder / METADATA: _json(metadata)}
+    files = {adapter: data, folder / CONFIG: _json(config)}
+    if metadata is not None:
+        files[folder / METADATA] = _json(metadata)
     made = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)

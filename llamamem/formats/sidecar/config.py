@@ -1,7 +1,7 @@
 """Which checkpoint configurations are implemented: an allow-list of keys and of the values that change the maths.
 
-The same lists stand in the runtime's loader [TAG_RWKV_MS_CONFIG]: a key that neither knows is refused by both, because
-it may change the maths.
+The same lists stand in the runtime's loader [TAG_ADAPTER_MEM_CONFIG]: a key that neither knows is refused by both,
+because it may change the maths.
 """
 
 from __future__ import annotations

@@ -208,8 +208,8 @@ def test_the_reasons_are_those_of_the_docs() -> None:
 
 def test_the_reasons_are_those_of_the_runtime() -> None:
     sources = [
-        p for what in ("config", "gguf", "sidecar") for p in (ROOT / "patches/src").glob(f"llama-rwkv-ms-{what}*")
+        p for what in ("config", "gguf", "sidecar") for p in (ROOT / "patches/src").glob(f"llama-adapter-mem-{what}*")
     ]
-    codes = {code for p in sources for code in re.findall(r'llama_rwkv_ms_fail\(\s*"([a-z0-9-]+)"', p.read_text())}
+    codes = {code for p in sources for code in re.findall(r'llama_adapter_mem_fail\(\s*"([a-z0-9-]+)"', p.read_text())}
     # a shard that is missing is llama.cpp's own to refuse, when it loads the weights
     assert codes == REASONS.keys() - {"base-split"}

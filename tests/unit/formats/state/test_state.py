@@ -80,7 +80,7 @@ def test_the_document_names_the_reasons_and_their_order() -> None:
 
 
 def test_the_reasons_are_those_of_the_runtime() -> None:
-    sources = (Path(__file__).parents[4] / "patches/src").glob("llama-rwkv-ms*.cpp")
+    sources = (Path(__file__).parents[4] / "patches/src").glob("llama-adapter-mem*.cpp")
     codes = {code for p in sources for code in re.findall(r'"(state-[a-z-]+)"', p.read_text(encoding="utf-8"))}
     assert codes == STATE_REASONS.keys()
 

@@ -1,9 +1,0 @@
-#include "llama-rwkv-ms.h"
-
-#ifndef LLAMAMEM_BUILD_ID
-#error "LLAMAMEM_BUILD_ID is not defined: build with the project's CMakeLists.txt"
-#endif
-
-const char * llama_rwkv_ms_build_id(void) {
-    return LLAMAMEM_BUILD_ID;
-}
