@@ -92,7 +92,6 @@ class Quantised:
     kind: str
     base: Path
     sidecar: Path
-    weights: dict[str, np.ndarray]  # dequantised, by GGUF name
     types: dict[str, str]
 
 
@@ -103,11 +102,8 @@ def quantised(request: Any, files: tuple[Path, Path], tmp_path_factory: pytest.T
     program = find_build().bin_dir / "llama-quantize"
     subprocess.run([program, files[0], base, request.param, "1"], check=True, capture_output=True, timeout=120)
     rebind_sidecar(files[1], base, sidecar)
-    tensors = gguf.GGUFReader(base).tensors
-    weights = {
-        t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(list(reversed(t.shape.tolist()))) for t in tensors
-    }
-    return Quantised(request.param, base, sidecar, weights, {t.name: t.tensor_type.name for t in tensors})
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(base).tensors}
+    return Quantised(request.param, base, sidecar, types)
 
 
 def to_q8_0(x: Any) -> Any:
@@ -137,11 +133,7 @@ ROUNDS: dict[str, Round] = {
 
 
 def reference_memory(folder: Path, model: Quantised, *, rounds: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    base = load_base(folder, gelu="ggml")
-    with torch.no_grad():
-        for name, parameter in base.model.named_parameters():
-            if name != "lm_head.weight":
-                parameter.copy_(torch.from_numpy(model.weights[gguf_base._name(name)]))
+    base = load_base(folder, weights=model.base, gelu="ggml")
     for name, module in base.model.named_modules():
         if rounds and isinstance(module, torch.nn.Linear) and name != "lm_head":
             kind = ROUNDS[model.types[gguf_base._name(f"{name}.weight")]]
