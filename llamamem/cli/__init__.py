@@ -31,7 +31,7 @@ VERBS = {
     "Serve": ("serve", "chat", "ps"),
     "Prove": ("health", "smoke", "eval", "trace", "demo", "recall"),
     "Runtime": ("build", "doctor", "vendor", "fixture", "parity", "reference", "train", "bench", "lab"),
-    "Sidecars and memories": ("sidecar", "session", "state"),
+    "Sidecars and memories": ("sidecar", "session", "key", "state"),
 }
 
 _Usage: Any = typer.BadParameter.__mro__[2]  # the root of what typer raises for a wrong command line

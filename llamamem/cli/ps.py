@@ -105,7 +105,9 @@ def _print_table(shown: list[tuple[RunRecord, Shown]]) -> None:
         sidecar = Path(record.sidecar).name if record.sidecar else "-"
         age = _age((record.ended or time.time()) - record.started) if state != "lost" else "-"
         model = Path(record.model).name
-        rows.append((record.name, state, record.profile, record.url, str(record.pid), age, model, sidecar))
+        rows.append(
+            (record.name, state, record.profile, record.gateway or record.url, str(record.pid), age, model, sidecar)
+        )
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # one line a run, for whoever reads on

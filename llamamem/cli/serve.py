@@ -6,13 +6,14 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from llamamem.cli.completion import profile_names
+from llamamem.cli.session import PLACES, Quota
 from llamamem.errors import LlamamemError
 from llamamem.formats.demo_files import demo_files
 from llamamem.formats.run import RunRecord, state_dir
@@ -54,12 +55,33 @@ def serve(
     memory_check: Annotated[
         bool, typer.Option("--memory-check/--no-memory-check", help="Refuse if it cannot fit.")
     ] = True,
+    sessions: Annotated[
+        str | None,
+        typer.Option(metavar=PLACES, help="Put a gateway in front, with memories by name from this store."),
+    ] = None,
+    quota: Quota = None,
+    session_header: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A header that names a session, beside those of the docs.")
+    ] = None,
+    conversation_header: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Likewise, a conversation of it.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Web pages that may ask the gateway; none unless given.")
+    ] = None,
+    lease: Annotated[
+        float, typer.Option(min=1, help="Seconds that a request waits for another gateway at its session.")
+    ] = 60.0,
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Of a request to the gateway.")] = "32M",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: the plan, or the run once it is ready.")
     ] = False,
 ) -> None:
     """Serve a base GGUF, with a memory or without, until Ctrl-C. Arguments after -- go to llama-server.
+
+    With --sessions a gateway is on the port, and the server behind it on one of its own: any OpenAI or Anthropic client
+    has memories by name, as docs/service.md says.
 
     Exit status: 0 stopped on request, 1 the server ended by itself, 2 it could not start, 3 it had to be killed.
     """
@@ -70,7 +92,16 @@ def serve(
         model, sidecar = files.model, files.sidecar
     if model is None:
         raise LlamamemError("--model is missing; give a base GGUF, or --demo for the small model of `llamamem demo`")
-    if sidecar is not None and slot_dir is None:
+    front = None
+    if sessions is not None:
+        from llamamem.cli.gateway import prepare
+
+        given = (session_header, conversation_header, cors_origin, lease, max_body)
+        front = prepare(sessions, quota, sidecar, host, port, context.args, given, dry_run)
+        host, port, profile = "127.0.0.1", 0, profile or "batched"
+    elif session_header or conversation_header or cors_origin or quota:
+        raise LlamamemError("these options are for a gateway; give --sessions STORE, or leave them out")
+    if sidecar is not None and slot_dir is None and front is None:
         slot_dir = state_dir() / "slots" / _slot_dir_name(sidecar)
     build = find_build(bin_dir=bin_dir)
     plan = make_plan(
@@ -96,7 +127,9 @@ def serve(
             print(record.model_dump_json(), flush=True)
         else:
             memory = f"memory {record.profile}" if record.sidecar else "no memory"
-            print(f"llamamem: ready at {record.url} ({memory}); log {record.log}", file=sys.stderr, flush=True)
+            memory += f", sessions in {front.store.location}" if front else ""
+            url = record.gateway or record.url
+            print(f"llamamem: ready at {url} ({memory}); log {record.log}", file=sys.stderr, flush=True)
 
     with Signals() as signals:
         try:
@@ -104,16 +137,12 @@ def serve(
         except StopRequested:
             print("llamamem: stopped on request, before the server was started", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
-        status = serve_foreground(
-            plan,
-            checked,
-            signals,
-            build=build.identity,
-            name=name,
-            stall_timeout=stall_timeout,
-            grace=grace,
-            on_ready=on_ready,
-        )
+        options: dict[str, Any] = {"build": build.identity, "name": name, "stall_timeout": stall_timeout}
+        options |= {"grace": grace, "on_ready": on_ready}
+        if front is None:
+            status = serve_foreground(plan, checked, signals, **options)
+        else:
+            status = front.serve(plan, checked, signals, **options)
     raise typer.Exit(status)
 
 

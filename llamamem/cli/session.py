@@ -21,11 +21,11 @@ from llamamem.sessions import Session, Sessions, SessionStore, open_store
 from llamamem.sessions.resumed import release, sweep
 from llamamem.sessions.session import Generation
 
+PLACES = "DIR|sqlite:FILE"  # what a store may be
+
 Store = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR|sqlite:FILE", envvar="LLAMAMEM_SESSIONS", help="Where sessions are kept; else in the user's data."
-    ),
+    typer.Option(metavar=PLACES, envvar="LLAMAMEM_SESSIONS", help="Where sessions are kept; else in the user's data."),
 ]
 Quota = Annotated[
     str | None,
@@ -257,7 +257,7 @@ def open_given_store(store: str | None, quota: str | None = None, *, must_exist:
     if must_exist and file is not None and not file.exists():
         raise LlamamemError(f"--store {store}: no such store; check the name, `llamamem session start` makes one")
     place = store or str(Path(platformdirs.user_data_path("llamamem", appauthor=False)) / "sessions")
-    return open_store(place, quota=None if quota is None else _size(quota))
+    return open_store(place, quota=None if quota is None else size_of(quota, "--quota"))
 
 
 @contextmanager
@@ -276,10 +276,10 @@ def _report(session: Session, done: str, as_json: bool) -> None:
         typer.echo(f"{session.name!r} {done}: generation {session.generation}, {session.tokens} tokens", err=True)
 
 
-def _size(text: str) -> int:
+def size_of(text: str, option: str) -> int:
     if match := re.fullmatch(r"(\d{1,12})([kmg]?)b?", text.strip().lower()):
         return int(match[1]) * _SIZES[match[2]]
-    raise LlamamemError(f"--quota {text}: give bytes, or a number with k, M or G")
+    raise LlamamemError(f"{option} {text}: give bytes, or a number with k, M or G")
 
 
 def _age(text: str) -> timedelta:

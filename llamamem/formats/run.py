@@ -42,6 +42,7 @@ class RunRecord(BaseModel):
     host: str
     port: int
     url: str
+    gateway: str | None = None  # URL of the gateway in front of it, which is where clients ask
     profile: str
     model: str
     base_sha256: str | None = None

@@ -119,16 +119,16 @@ def serve_foreground(
 
     Raises LlamamemError when it does not become ready. The server never outlives the call.
     """
-    say = say or _say
+    say = say or say_line
     server = launch(plan, checked, build=build, name=name, stops_on_signal=True)
     follow = Follower(server.log_path)
-    disk = _Disk(server, say)
+    disk = Disk(server, say)
 
     def between() -> None:
         follow()
         disk.look()
         if os.getpid() == 1:
-            _reap_strangers(server.process.pid)
+            reap_strangers(server.process.pid)
         signals.check()
 
     ready = False
@@ -167,7 +167,7 @@ def _api_key(plan: Plan) -> str | None:
     return keys.split(",")[0] if keys else None
 
 
-class _Disk:
+class Disk:
     """Says once when nothing more fits where the log and the run record are; the server itself goes on."""
 
     def __init__(self, server: Server, say: Say) -> None:
@@ -189,7 +189,7 @@ class _Disk:
                 self._next = float("inf")
 
 
-def _reap_strangers(own: int) -> None:
+def reap_strangers(own: int) -> None:
     """As the first process of a container we inherit every orphan in it; unreaped they would stay as zombies."""
     if not hasattr(os, "waitid"):
         return
@@ -200,7 +200,7 @@ def _reap_strangers(own: int) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-def _say(line: str) -> None:
+def say_line(line: str) -> None:
     if not _takes(sys.stderr, 1.0):
         return
     with contextlib.suppress(OSError):

@@ -14,7 +14,7 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -187,7 +187,7 @@ class Server:
         except psutil.Error:  # a system that does not tell
             return self.record.port != 0
         if self.record.port == 0 and ports:
-            self._update(port=ports[0], url=_url(self.record.host, ports[0]))
+            self._update(port=ports[0], url=url_of(self.record.host, ports[0]))
         return self.record.port in ports
 
     def _stolen_port(self) -> str:
@@ -206,12 +206,15 @@ def launch(
     name: str | None = None,
     directory: Path | None = None,
     stops_on_signal: bool = False,
+    gateway: str | None = None,
+    hidden: Mapping[str, str] | None = None,
 ) -> Server:
     """Starts the planned server; returns at once, `wait_ready` waits. The record and log go to `directory`.
 
     Call it from a thread that lives as long as the server: the kernel ties the child to the thread that made it.
-    `stops_on_signal` promises that this program stops the server when it gets SIGTERM. Raises LlamamemError when the
-    binary does not run, when a live run has the name, and when there is no room for log and record.
+    `stops_on_signal` promises that this program stops the server when it gets SIGTERM; `hidden` is added to its
+    environment, and recorded nowhere; `gateway` is the URL that clients are to ask instead. Raises LlamamemError when
+    the binary does not run, when a live run has the name, and when there is no room for log and record.
     """
     directory = runs_dir() if directory is None else directory
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -230,7 +233,7 @@ def launch(
                     f"--name {name}: a server of that name runs at {other[0].url}; `llamamem stop {name}`, or give"
                     " another name"
                 )
-            process = _start(plan, run_id, log_path)
+            process = _start(plan, run_id, log_path, hidden)
             record = RunRecord(
                 run_id=run_id,
                 name=name,
@@ -242,7 +245,8 @@ def launch(
                 launcher_stops=stops_on_signal,
                 host=plan.host,
                 port=plan.port,
-                url=_url(plan.host, plan.port),
+                url=url_of(plan.host, plan.port),
+                gateway=gateway,
                 profile=plan.profile,
                 model=str(plan.model),
                 base_sha256=checked.base_sha256 if checked else None,
@@ -270,7 +274,7 @@ def launch(
     return Server(process, record, record_path)
 
 
-def _start(plan: Plan, run_id: str, log_path: Path) -> subprocess.Popen[bytes]:
+def _start(plan: Plan, run_id: str, log_path: Path, hidden: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
     with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as log:
         # also the proof, before anything starts, that the log can be written
         log.write(f"llamamem: run {run_id}\n".encode())
@@ -282,6 +286,7 @@ def _start(plan: Plan, run_id: str, log_path: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=die_with(os.getpid()),
+            env={**os.environ, **(hidden or {})},
         )
 
 
@@ -291,7 +296,8 @@ def _create_time(pid: int, otherwise: float) -> float:
     return otherwise
 
 
-def _url(host: str, port: int) -> str:
+def url_of(host: str, port: int) -> str:
+    """Where this machine reaches what listens there."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

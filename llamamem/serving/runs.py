@@ -43,7 +43,7 @@ def find_run(run: str | None = None, *, starting: bool = False) -> RunRecord:
     if len(found) == 1:
         return found[0]
     if found:
-        ids = ", ".join(f"{record.name} at {record.url}" for record in found)
+        ids = ", ".join(f"{record.name} at {record.gateway or record.url}" for record in found)
         raise LlamamemError(f"{len(found)} servers run: {ids}; choose one with --run")
     if run is None:
         raise LlamamemError("no server runs; start one with `llamamem serve`, or give --url")

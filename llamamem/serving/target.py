@@ -15,12 +15,12 @@ def open_target(
     key = first_key(api_key)
     if url is None:
         found = find_run(run)
-        return Client(found.url, api_key=key, timeout=timeout), found
+        return Client(found.gateway or found.url, api_key=key, timeout=timeout), found
     if run is not None:
         raise LlamamemError("--run and --url both name a server; give one of them")
     url = server_url(url)
     return Client(url, api_key=key, timeout=timeout), next(
-        (record for record in live_runs() if record.url == url), None
+        (record for record in live_runs() if url in (record.gateway, record.url)), None
     )
 
 

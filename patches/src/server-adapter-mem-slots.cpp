@@ -289,6 +289,9 @@ server_task_result_ptr server_adapter_mem::action(const server_task & task, serv
             data = { { "id_slot", id_slot }, { "n_erased", prompt.tokens.size() } };
             slot = slot_memory();
             clear();
+        } else if (action == "forget") {
+            data = { { "id_slot", id_slot } };
+            clear();
         } else if (action == "memory-save") {
             data = memory_save(id_slot, prompt, task);
         } else if (action == "memory-restore") {
@@ -607,7 +610,7 @@ static bool adapter_mem_is_stranger(const server_http_req & req, const common_pa
 }
 
 server_task_result_ptr server_adapter_mem_post_action(server_response_reader & rd, const server_http_req & req, const common_params & params) {
-    static const char * const actions[] = { "save", "restore", "erase", "memory-save", "memory-restore", "memory-reset", "memory-set" };
+    static const char * const actions[] = { "save", "restore", "erase", "forget", "memory-save", "memory-restore", "memory-reset", "memory-set" };
 
     const std::string action = req.get_param("action");
     if (std::find(std::begin(actions), std::end(actions), action) == std::end(actions)) {
