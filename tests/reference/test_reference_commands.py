@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ torch = pytest.importorskip("torch", reason="needs llamamem[reference]")
 pytest.importorskip("transformers", reason="needs llamamem[reference]")
 
 from llamamem.formats.state import read_state  # noqa: E402
+from llamamem.native.vendor import tree_path  # noqa: E402
 from llamamem.proof.conversation_native import NativeConversation, started  # noqa: E402
+from llamamem.proof.one_model import check_one_model  # noqa: E402
 
 MODEL_A = Path(__file__).parents[1] / "data" / "model_a"
 SIDECAR = MODEL_A / "sidecar-v1.gguf"
@@ -113,3 +117,12 @@ def test_a_base_without_a_chat_template(llamamem: Any, no_template: Path, comman
     assert done.status == 2 and done.out == ""
     assert done.err.startswith("llamamem: error: ") and done.err.count("\n") == 1
     assert "chat template" in done.err and "chat_template.jinja" in done.err
+
+
+def test_llama_cpps_converter_makes_the_base(tmp_path: Path) -> None:
+    """As README says: the pinned tree's own, in the environment that has PyTorch."""
+    script, made = tree_path() / "convert_hf_to_gguf.py", tmp_path / "base.gguf"
+    command = [sys.executable, script, MODEL_A, "--outtype", "f32", "--outfile", made]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert check_one_model(made, MODEL_A / "model-f32.gguf").most == 0
