@@ -55,9 +55,12 @@ def app_of(verbs: Collection[str]) -> typer.Typer:
         for module in modules:
             if module in verbs:
                 importlib.import_module(f"llamamem.cli.{module}").register(app)
-        for registered in (*app.registered_commands, *app.registered_groups):
-            if not isinstance(registered.rich_help_panel, str):
-                registered.rich_help_panel = heading
+        for command in app.registered_commands:
+            if not isinstance(command.rich_help_panel, str):
+                command.rich_help_panel = heading
+        for group in app.registered_groups:
+            if not isinstance(group.rich_help_panel, str):
+                group.rich_help_panel = heading
     return app
 
 
