@@ -2,8 +2,7 @@
 
 ggml rounds more than the weights: before a product with quantised weights it rounds the activations, to 8 bits a
 block. So the reference is run twice on the weights that llama-quantize left: as it is, and with the inputs of its
-projections rounded in the same way. The second must agree with the runtime; the first may be off by what the second is
-off from it.
+projections rounded in the same way. How far the second is from the first is how far the runtime may be from it.
 """
 
 from __future__ import annotations
@@ -42,6 +41,12 @@ DEMO_BASE = demo_files().model.parent / "base"
 HIDDEN, LAYERS, HEADS, KV_HEADS, DIM, FULL_DIM = 256, 8, 4, 2, 64, 128
 IDS = [2, *np.random.default_rng(3).integers(300, 700, 47).tolist()]
 Round = Callable[[Any], Any]
+
+EXACT = 1e-5
+# Rounded in another order, a value falls to the other side of a step here and there, and the layers above make more of
+# it: the runtime's rounding and the reference's are two draws of one size. Seen: 0.9 times, at most 1.6.
+FACTOR = 2.0
+ORDER = 2e-3  # sums in another order, with F16 weights and nothing else rounded: 6e-4 in the last layer
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +129,10 @@ def to_q8_k(x: Any) -> Any:
 
 
 ROUNDS: dict[str, Round] = {
-    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL"), to_q8_0),
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL"), to_q8_0),
     **dict.fromkeys(("Q4_K", "Q5_K", "Q6_K"), to_q8_k),
     "BF16": lambda x: x.bfloat16().float(),
-    "F16": lambda x: x.half().float(),
-    "F32": lambda x: x,
+    **dict.fromkeys(("F16", "F32"), lambda x: x),  # computed in F32
 }
 
 
@@ -146,10 +150,10 @@ def reference_memory(folder: Path, model: Quantised, *, rounds: bool) -> tuple[n
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of each layer the largest difference, a part of its largest number."""
+    """Of each layer the root mean square of the difference, a part of that of its numbers."""
     assert np.isfinite(a).all() and np.isfinite(b).all()
     axes = tuple(range(1, a.ndim))
-    return np.abs(a - b).max(axes) / np.abs(b).max(axes)
+    return np.sqrt(((a - b) ** 2).mean(axes) / (b**2).mean(axes))
 
 
 def test_the_memory_is_that_of_the_reference(quantised: Quantised, hugging_face: Path, runtime: Any) -> None:
@@ -158,4 +162,6 @@ def test_the_memory_is_that_of_the_reference(quantised: Quantised, hugging_face:
     rounded_S, rounded_prev, _ = reference_memory(hugging_face, quantised, rounds=True)
     assert n == plain_n == [len(IDS)] * 6
     for got, plain, rounded in ((S, plain_S, rounded_S), (prev, plain_prev, rounded_prev)):
-        print(quantised.kind, "plain", apart(got, plain).round(6), "rounded", apart(got, rounded).round(6), "own", apart(rounded, plain).round(6))
+        far, allowed = apart(got, plain), apart(rounded, plain)
+        assert far[0] <= EXACT, "before the first layer's memory no product has quantised weights"
+        assert (far <= FACTOR * allowed + ORDER).all(), (far, allowed, far / (allowed + ORDER))
