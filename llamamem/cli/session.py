@@ -21,11 +21,15 @@ from llamamem.sessions import Session, Sessions, SessionStore, open_store
 from llamamem.sessions.resumed import release, sweep
 from llamamem.sessions.session import Generation
 
-PLACES = "DIR|sqlite:FILE"  # what a store may be
+PLACES = "STORE"  # DIR, sqlite:FILE, valkey://HOST, postgresql://HOST/DATABASE
 
 Store = Annotated[
     str | None,
-    typer.Option(metavar=PLACES, envvar="LLAMAMEM_SESSIONS", help="Where sessions are kept; else in the user's data."),
+    typer.Option(
+        metavar=PLACES,
+        envvar="LLAMAMEM_SESSIONS",
+        help="DIR, sqlite:FILE, valkey:// or postgresql://; else in the user's data.",
+    ),
 ]
 Quota = Annotated[
     str | None,

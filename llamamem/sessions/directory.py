@@ -1,13 +1,18 @@
-"""Sessions in a directory: one JSON of metadata, a state file, and that of the generation before.
+"""Sessions in a directory: one JSON of metadata, a state file, that of the generation before, and their origins.
 
-    <key>.json                     the metadata; <key> is the SHA-256 of the name, whatever characters it has
-    <key>-<generation>.state       the memory of that generation, as the server wrote it
-    locks/<first two digits>.lock  held for the moment of a change
-    locks/quota.lock               likewise, while a quota is counted and used up
+    sessions/<namespace>/<first two digits>/    <namespace> is the SHA-256 of it, in part
+        <key>.json                     the metadata; <key> is the SHA-256 of the name, whatever characters it has
+        <key>-<generation>.state       the memory of that generation, as the server wrote it
+        <key>-<generation>.origin      the memory on which the conversation began that was open then
+    locks/<first two digits>.lock      held for the moment of a change
+    locks/quota.lock                   likewise, while a quota is counted and used up
+    locks/leases                       who is at which session
+    keys/<id>.json                     keys of the API
+    removals                           as many bytes as sessions were removed
 
 A save writes the next state beside the old one. What commits it is the rename of the metadata: a crash before leaves
-the old session, a crash after leaves the new one; the state that is too many is swept by the session's next save.
-Only what is about all sessions, or removes one, looks through the whole directory, and does so once.
+the old session, a crash after leaves the new one; the state that is too many is swept by the session's next save. What
+is about one session or one page looks through one of the 256 folders or a few, never through all sessions.
 """
 
 from __future__ import annotations
@@ -25,290 +30,314 @@ from pathlib import Path
 
 import filelock
 
-from llamamem.errors import LlamamemError
 from llamamem.formats.private import flush_directory, private_directory, replace_private
 from llamamem.formats.regular import read_regular
-from llamamem.sessions.session import (
-    MISSING,
-    WRONG_LENGTH,
-    Damaged,
-    Entry,
-    Generation,
-    Memory,
-    Missing,
-    Session,
-    check_name,
-    check_quota,
-    check_state,
-    damaged,
-    new_session,
-    next_version,
-    now,
-    read_session,
-    taken,
-    undone,
-)
+from llamamem.sessions import layout
+from llamamem.sessions.leases import Leases
+from llamamem.sessions.rows import Memories, Row, Rows, check_lengths
+from llamamem.sessions.session import MISSING, WRONG_LENGTH, Damaged, Entry, Generation, Session, read_session
+from llamamem.sessions.store import Full, Unreachable
 
-_FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(?P<kind>\.json|-(?P<generation>[0-9]+)\.state)(?(part)\.part)")
-_KEY = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(\.json|-(?P<generation>[0-9]+)\.(state|origin))(?(part)\.part)")
+_FOLDER = re.compile(r"[0-9a-f]{2}")
 _MAX_JSON = 1 << 20  # bytes of metadata, which has some hundred
 _LOCK_TIMEOUT = 60.0  # seconds; a change takes milliseconds
 _LEFT = 60.0  # seconds, after which a half-written file is one that a killed process left
+_SETTLED = 0.1  # seconds, after which a folder that changes has another time of change
 
 
-class DirectoryStore:
-    """`DirectoryStore("~/sessions", quota=10_000_000)`; the directory is made with the first session."""
+class DirectoryStore(Rows):
+    """`DirectoryStore("~/sessions", quota=10_000_000)`; the directory is made with the first session.
+
+    It is for the processes of one machine. Nothing that was acknowledged is lost when processes die, nor when the
+    machine does: files and folders are flushed before a change returns. Page by page it costs as much with 100,000
+    sessions as with few.
+    """
 
     def __init__(self, path: str | Path, *, quota: int | None = None) -> None:
         self.path = Path(path).expanduser().absolute()
         self.quota = quota
+        self._leases = Leases(self.path / "locks" / "leases")
+        self._totals: dict[str, tuple[int, int]] = {}  # of a folder: when it was changed last, bytes of its states
 
     @property
     def location(self) -> str:
         return str(self.path)
 
-    def create(self, name: str, from_: str | None = None) -> Session:
-        key = _key(check_name(name))
-        source, state = self.load(from_) if from_ is not None else (None, None)
-        session = new_session(name, source)
-        with self._change(key, make=True):
-            if any(os.path.lexists(path) for path in (self._json(key), self._state_path(key, session))):
-                self._read(key, name)  # raises when it is damaged
-                raise taken(name, self.location)
-            with self._room_for(len(state or b"")):
-                self._write(key, session, state)
-        return session
+    @property
+    def _place(self) -> Path:
+        return self.path / layout.SESSIONS / layout.namespace_key(self.namespace)
 
-    def load(self, name: str) -> tuple[Session, bytes | None]:
-        key = _key(check_name(name))
+    def _get(self, name: str, *, before: bool = False) -> Row | None:
+        key = _key(name)
         with self._reported():
             try:
                 with self._locked(key):
-                    session, state = self._read(key, name)
-                    session = session.model_copy(update={"used": now()})
-                    self._write(key, session, None)
-                    return session, state
+                    return self._read(key, before)
             except filelock.Timeout:
                 raise
-            except OSError:  # on a full or read-only disk, the time of its use is all that is lost
-                return self._read(key, name)
+            except OSError:  # on a read-only disk
+                return self._read(key, before)
 
-    def save(self, session: Session, memory: Memory) -> Session:
-        key = _key(check_name(session.name))
-        with self._change(key):
-            found, state = self._read(key, session.name)
-            saved = next_version(found, session, memory)
-            with self._room_for(len(memory.data) - len(state or b"")):
-                self._write(key, saved, memory.data)
-            self._sweep(key, saved)
-        return saved
+    def _read(self, key: str, before: bool) -> Row | None:
+        try:
+            text, session = self._metadata(key)
+            memories = self._memories(key, session)
+        except Damaged:
+            if not os.path.lexists(self._json(key)) and not self._files(key):
+                return None
+            raise
+        if not before or session.before is None:
+            return Row(text, memories)
+        return Row(text, memories, self._memories(key, session.before))
 
-    def undo(self, name: str) -> Session:
-        key = _key(check_name(name))
-        with self._change(key):
-            found, state = self._read(key, name)
-            saved = undone(found, self.location)
-            assert found.before is not None
-            try:
-                before = self._state(key, found.before)
-            except Damaged as e:
-                raise LlamamemError(
-                    f"session {name!r} in {self.location}: generation {found.before.generation} cannot be brought back:"
-                    f" {e}; generation {found.generation} stays"
-                ) from None
-            with self._room_for(len(before or b"") - len(state or b"")):
-                self._write(key, saved, before)
-            self._sweep(key, saved)
-        return saved
-
-    def entries(self, *, after: str | None = None, limit: int | None = None, verify: bool = False) -> list[Entry]:
-        begun = None
-        if after is not None:
-            of_file = self._json(Path(after).stem) == Path(after)  # the label of one without a name
-            begun = Path(after).stem if of_file else _key(after)
+    def _put(self, name: str, expected: str | None, session: Session, memories: Memories | None, more: int) -> bool:
+        key = _key(name)
+        text = session.model_dump_json(indent=1) + "\n"
         with self._reported():
-            names = self._listed()
-        keys = {name[:64] for name in names if begun is None or name[:64] > begun}
-        entries: list[Entry] = []
-        for key in sorted(keys):
-            if not _KEY.fullmatch(key):
-                continue
-            if limit is not None and len(entries) >= limit:
-                break
-            if (entry := self._entry(key, verify)) is not None:
-                entries.append(entry)
-        return entries if after is not None or limit is not None else sorted(entries, key=lambda entry: entry.label)
+            if expected is None:
+                private_directory(self.path)
+            with self._locked(key):
+                if not self._is(key, expected, session):
+                    return self._is(key, text, session)
+                folder = self._json(key).parent
+                if not folder.exists():
+                    _private_folders(folder, self.path)
+                with self._room_for(more):
+                    if memories is not None:
+                        for data, kind in zip(memories, ("state", "origin"), strict=True):
+                            if data is not None:
+                                replace_private(self._memory(key, session.generation, kind), data)
+                    replace_private(self._json(key), text.encode())
+                if memories is not None:
+                    self._sweep(key, session)
+        return True
 
-    def names(self, start: str, limit: int) -> list[str]:
+    def _is(self, key: str, expected: str | None, session: Session) -> bool:
+        if expected is None:
+            first = self._memory(key, 0, "state")  # half a copy of another
+            return not (os.path.lexists(self._json(key)) or (session.generation == 0 and os.path.lexists(first)))
+        try:
+            return read_regular(self._json(key), _MAX_JSON) == expected.encode()
+        except OSError:
+            return False
+
+    def _delete(self, name: str, expected: str | None) -> bool:
+        key = _key(name)
+        with self._reported(), self._locked(key):
+            if expected is not None and self._metadata(key)[0] != expected:
+                return False
+            found = self._files(key, parts=True)
+            if all(file.startswith(".") for file in found):
+                return False
+            folder = self._json(key).parent
+            for file in sorted(found, key=lambda file: file.endswith(".json")):  # last what says whose it was
+                (folder / file).unlink(missing_ok=True)
+            self._sweep_parts(folder)
+            flush_directory(folder)
+            fd = os.open(self.path / "removals", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with os.fdopen(fd, "wb") as count:
+                count.write(b"\n")
+        return True
+
+    def _page(self, after: str, limit: int) -> list[Entry]:
+        begun = Path(after).stem if after.endswith(".json") and self._json(Path(after).stem) == Path(after) else ""
+        begun = begun or (_key(after) if after else "")
+        entries: list[Entry] = []
+        with self._reported():
+            for key in self._keys_after(begun):
+                if (entry := self._entry(key)) is not None:
+                    entries.append(entry)
+                if len(entries) >= limit:
+                    break
+        return entries
+
+    def _names(self, start: str, limit: int) -> list[str]:
         found: list[str] = []
         with self._reported():
-            keys = {name[:64] for name in self._listed()}
-        for key in filter(_KEY.fullmatch, keys):
-            with contextlib.suppress(Damaged):
-                if len(found) < limit and (name := self._session(key).name).startswith(start):
-                    found.append(name)
+            for key in self._keys_after(""):
+                with contextlib.suppress(Damaged):
+                    if (name := self._metadata(key)[1].name).startswith(start):
+                        found.append(name)
+                if len(found) >= limit:
+                    break
         return sorted(found)
 
-    def remove(self, name: str) -> None:
-        key = _key(check_name(name))
-        with self._change(key):
-            found = self._found(parts=True)
-            if not any(map(_is_whole, found.get(key, []))):
-                raise Missing(name, self.location)
-            self._remove(found.pop(key))
-            self._sweep_parts(found)
+    def _total(self) -> int:
+        with self._reported():
+            return sum(self._folder_total(folder) for folder in self._folders(""))
+
+    def _folder_total(self, folder: Path) -> int:
+        """Bytes of the newest memories in it; it is counted anew if it was changed since."""
+        changed = folder.stat().st_mtime_ns
+        counted = self._totals.get(str(folder))
+        if counted is not None and counted[0] == changed:
+            return counted[1]
+        newest: dict[str, tuple[int, int]] = {}
+        for match in filter(None, map(_FILE.fullmatch, os.listdir(folder))):
+            if match["generation"] is not None and not match["part"]:
+                generation, size = int(match["generation"]), (folder / match[0]).stat().st_size
+                known, total = newest.get(match["key"], (-1, 0))
+                if generation >= known:
+                    newest[match["key"]] = generation, size + (total if generation == known else 0)
+        total = sum(size for _, size in newest.values())
+        if time.time_ns() - changed > _SETTLED * 1e9:  # of two changes at once the second might not be seen
+            self._totals[str(folder)] = changed, total
+        return total
 
     def prune(self, older_than: timedelta) -> list[str]:
-        limit = now() - older_than
-        removed = []
-
-        def is_old(entry: Entry | None) -> bool:
-            return bool(entry and entry.session and entry.fault is None and entry.session.used < limit)
-
+        removed = super().prune(older_than)
         with self._reported():
-            found = self._found(parts=True)
-            for key, names in found.items():
-                if not any(map(_is_whole, names)) or not is_old(self._look(key, verify=False)):
-                    continue
-                with self._change(key):
-                    entry = self._look(key, verify=True)  # it may have been used by now
-                    if entry is not None and is_old(entry):
-                        self._remove(names)
-                        removed.append(entry.label)
-            self._sweep_parts(found)
-        return sorted(removed)
+            for folder in self._folders(""):
+                self._sweep_parts(folder)
+        return removed
 
-    def total_bytes(self) -> int:
+    def _take(self, name: str, owner: str, seconds: float) -> float | None:
         with self._reported():
-            newest = (max(names, key=_generation) for names in self._found().values())
-            return sum((self.path / name).stat().st_size for name in newest if name.endswith(".state"))
+            private_directory(self.path)
+            self._lock_folder()
+        return self._leases.take(self.namespace, name, owner, seconds)
 
-    def _entry(self, key: str, verify: bool) -> Entry | None:
-        entry = self._look(key, verify)
+    def _let_go(self, name: str, owner: str) -> None:
+        self._leases.end(self.namespace, name, owner)
+
+    def removals(self) -> int:
+        with self._reported():
+            if not self.path.exists():
+                return 0
+            os.listdir(self.path / "keys" if (self.path / "keys").exists() else self.path)
+            with contextlib.suppress(FileNotFoundError):
+                return (self.path / "removals").stat().st_size
+        return 0
+
+    def _key_texts(self) -> list[str]:
+        with self._reported():
+            folder = self.path / "keys"
+            files = sorted(folder.glob("*.json")) if folder.exists() else []
+            return [read_regular(path, _MAX_JSON).decode("utf-8", "replace") for path in files]
+
+    def _add_key_text(self, id: str, text: str) -> bool:
+        with self._reported():
+            private_directory(self.path / "keys")
+            with self._lock("keys"):
+                if (self.path / "keys" / f"{id}.json").exists():
+                    return False
+                replace_private(self.path / "keys" / f"{id}.json", text.encode() + b"\n")
+        return True
+
+    def _remove_key_text(self, id: str) -> str | None:
+        path = self.path / "keys" / f"{id}.json"
+        with self._reported():
+            if not re.fullmatch("[0-9a-f]+", id) or not path.exists():
+                return None
+            with self._lock("keys"):
+                text = read_regular(path, _MAX_JSON).decode("utf-8", "replace")
+                path.unlink()
+                flush_directory(path.parent)
+                return text
+
+    def _entry(self, key: str) -> Entry | None:
+        entry = self._look(key)
         if entry is not None and entry.fault is not None:
             with contextlib.suppress(OSError), self._locked(key):  # not in the middle of a change, if one can wait
-                entry = self._look(key, verify)
+                entry = self._look(key)
         return entry
 
-    def _look(self, key: str, verify: bool) -> Entry | None:
+    def _look(self, key: str) -> Entry | None:
         """None: it is gone by now."""
         label, session = str(self._json(key)), None
         try:
-            session = self._session(key)
-            label = session.name
-            if verify:
-                self._state(key, session)
-            else:
-                self._check_length(key, session)
+            session = self._metadata(key)[1]
+            check_lengths(session, self._length(key, session, "state"), self._length(key, session, "origin"))
+            return Entry(session.name, session)
         except Damaged as e:
-            if session is None and not self._json(key).exists() and key not in self._found():
+            if session is None and not self._json(key).exists() and not self._files(key):
                 return None
-            return Entry(label, session, str(e))
-        return Entry(label, session)
+            return Entry(label if session is None else session.name, session, str(e))
 
-    def _read(self, key: str, name: str) -> tuple[Session, bytes | None]:
+    def _metadata(self, key: str) -> tuple[str, Session]:
         try:
-            session = self._session(key)
-            return session, self._state(key, session)
-        except Damaged as e:
-            if not os.path.lexists(self._json(key)) and key not in self._found():
-                raise Missing(name, self.location) from None
-            raise damaged(name, self.location, e) from None
-
-    def _session(self, key: str) -> Session:
-        try:
-            session = read_session(read_regular(self._json(key), _MAX_JSON))
+            text = read_regular(self._json(key), _MAX_JSON)
+            session = read_session(text)
         except FileNotFoundError:
             raise Damaged("it is half-written or half-removed: its metadata is missing") from None
         except OSError as e:
             raise Damaged(f"its metadata cannot be read ({e.strerror})") from None
         if _key(session.name) != key:
             raise Damaged(f"its metadata is that of {session.name!r}")
-        return session
+        return text.decode(), session
 
-    def _state(self, key: str, session: Generation) -> bytes | None:
-        state = None
+    def _memories(self, key: str, generation: Generation) -> Memories:
+        state = origin = None
         try:
-            if session.state_sha256 is not None:
-                state = read_regular(self._state_path(key, session), session.n_bytes)
+            if generation.state_sha256 is not None:
+                state = read_regular(self._memory(key, generation.generation, "state"), generation.n_bytes)
+            if generation.origin_sha256 is not None:
+                origin = read_regular(self._memory(key, generation.generation, "origin"), generation.origin_bytes)
         except FileNotFoundError:
             pass
         except OSError as e:
             if e.errno == errno.EFBIG:
                 raise Damaged(WRONG_LENGTH) from None
             raise Damaged(f"its state cannot be read ({e.strerror})") from None
-        check_state(session, state)
-        return state
+        return state, origin
 
-    def _check_length(self, key: str, session: Generation) -> None:
-        """What can be seen of a state without reading it."""
-        if session.state_sha256 is None:
-            return
+    def _length(self, key: str, session: Session, kind: str) -> int | None:
+        if (session.state_sha256 if kind == "state" else session.origin_sha256) is None:
+            return None
         try:
-            found = self._state_path(key, session).stat()
+            found = self._memory(key, session.generation, kind).stat()
         except OSError:
             raise Damaged(MISSING) from None
         if not stat.S_ISREG(found.st_mode):
             raise Damaged("its state cannot be read (it is not a file)")
-        if found.st_size != session.n_bytes:
-            raise Damaged(WRONG_LENGTH)
-
-    def _write(self, key: str, session: Session, state: bytes | None) -> None:
-        if state is not None:
-            replace_private(self._state_path(key, session), state)
-        replace_private(self._json(key), session.model_dump_json(indent=1).encode() + b"\n")
+        return found.st_size
 
     def _sweep(self, key: str, session: Session) -> None:
         """Removes the state that is no longer kept, and one that a crash kept from that. A failure leaves a file."""
         for number in range(max(0, session.generation - 3), session.generation - 1):
-            with contextlib.suppress(OSError):
-                (self.path / f"{key}-{number}.state").unlink(missing_ok=True)
+            for kind in ("state", "origin"):
+                with contextlib.suppress(OSError):
+                    self._memory(key, number, kind).unlink(missing_ok=True)
 
-    def _sweep_parts(self, found: dict[str, list[str]]) -> None:
-        for name in (name for names in found.values() for name in names if not _is_whole(name)):
-            path = self.path / name
-            with contextlib.suppress(OSError):
-                if time.time() - path.lstat().st_mtime > _LEFT:
-                    path.unlink()
+    def _sweep_parts(self, folder: Path) -> None:
+        """What killed processes left of files that they were writing."""
+        for match in filter(None, map(_FILE.fullmatch, os.listdir(folder))):
+            if match["part"]:
+                with contextlib.suppress(OSError):
+                    if time.time() - (folder / match[0]).lstat().st_mtime > _LEFT:
+                        (folder / match[0]).unlink()
 
-    def _remove(self, names: list[str]) -> None:
-        for name in sorted(names, key=lambda name: name.endswith(".json")):  # last what says whose it was
-            (self.path / name).unlink(missing_ok=True)
-        flush_directory(self.path)
+    def _folders(self, start: str) -> Iterator[Path]:
+        layout.check(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            for name in sorted(os.listdir(self._place)):
+                if _FOLDER.fullmatch(name) and name >= start:
+                    yield self._place / name
 
-    def _listed(self) -> list[str]:
-        """One look at the whole directory."""
-        try:
-            return os.listdir(self.path)
-        except FileNotFoundError:
-            return []
+    def _keys_after(self, after: str) -> Iterator[str]:
+        for folder in self._folders(after[:2]):
+            matches = filter(None, map(_FILE.fullmatch, os.listdir(folder)))
+            keys = {match["key"] for match in matches if not match["part"]}
+            yield from sorted(key for key in keys if key > after and key[:2] == folder.name)
 
-    def _found(self, *, parts: bool = False) -> dict[str, list[str]]:
-        """Names of files by key; `parts` adds what a crash left of a file that was being written."""
-        found: dict[str, list[str]] = {}
-        for match in filter(None, map(_FILE.fullmatch, self._listed())):
-            if parts or not match["part"]:
-                found.setdefault(match["key"], []).append(match[0])
-        return found
+    def _files(self, key: str, *, parts: bool = False) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            matches = filter(None, map(_FILE.fullmatch, os.listdir(self._json(key).parent)))
+            return [match[0] for match in matches if match["key"] == key and (parts or not match["part"])]
+        return []
 
     def _json(self, key: str) -> Path:
-        return self.path / f"{key}.json"
+        return self._place / key[:2] / f"{key}.json"
 
-    def _state_path(self, key: str, session: Generation) -> Path:
-        return self.path / f"{key}-{session.generation}.state"
-
-    @contextlib.contextmanager
-    def _change(self, key: str, *, make: bool = False) -> Iterator[None]:
-        with self._reported():
-            if make:
-                private_directory(self.path)
-            with self._locked(key):
-                yield
+    def _memory(self, key: str, generation: int, kind: str) -> Path:
+        return self._place / key[:2] / f"{key}-{generation}.{kind}"
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         # Locks are shared by the sessions whose keys start alike. They are never removed: a lock file that is removed
         # while another process waits for it would be held twice.
+        layout.check(self.path)
         with self._lock(key[:2]) if self.path.exists() else contextlib.nullcontext():
             yield
 
@@ -318,37 +347,39 @@ class DirectoryStore:
             yield
             return
         with self._lock("quota"):
-            check_quota(self.location, self.quota, self.total_bytes() + more)
+            self._check_quota(self._total() + more)
             yield
 
-    def _lock(self, name: str) -> filelock.BaseFileLock:
+    def _lock_folder(self) -> Path:
         folder = self.path / "locks"
         folder.mkdir(exist_ok=True, mode=0o700)
-        return filelock.FileLock(folder / f"{name}.lock", timeout=_LOCK_TIMEOUT)
+        return folder
+
+    def _lock(self, name: str) -> filelock.BaseFileLock:
+        return filelock.FileLock(self._lock_folder() / f"{name}.lock", timeout=_LOCK_TIMEOUT)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
         try:
             yield
         except filelock.Timeout as e:
-            raise LlamamemError(
+            raise Unreachable(
                 f"{e.lock_file}: held by another process for {_LOCK_TIMEOUT:g} s; end that process, or try again"
             ) from None
         except OSError as e:
-            raise LlamamemError(
+            kind = Full if e.errno in (errno.ENOSPC, errno.EDQUOT) else Unreachable
+            raise kind(
                 f"{e.filename or self.path}: the store cannot be read or changed ({e.strerror or e}); see to the disk"
                 " and to who may write there"
             ) from None
 
 
+def _private_folders(folder: Path, root: Path) -> None:
+    for path in reversed([folder, *folder.parents]):
+        if root in path.parents and not path.exists():
+            private_directory(path)
+            flush_directory(path.parent)
+
+
 def _key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _is_whole(name: str) -> bool:
-    return not name.startswith(".")
-
-
-def _generation(name: str) -> int:
-    match = _FILE.fullmatch(name)
-    return -1 if match is None or match["generation"] is None else int(match["generation"])

@@ -208,11 +208,3 @@ def damaged(name: str, location: str, fault: Damaged) -> LlamamemError:
 
 def taken(name: str, location: str) -> LlamamemError:
     return LlamamemError(f"session {name!r}: is in {location} already; take another name, or resume that one")
-
-
-def check_quota(location: str, quota: int | None, total: int) -> None:
-    if quota is not None and total > quota:
-        raise LlamamemError(
-            f"{location}: {total} bytes of states would be over the quota of {quota}; nothing was saved; make room with"
-            " `llamamem session rm` or `prune`, or give a larger --quota"
-        )

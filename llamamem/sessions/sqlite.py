@@ -5,184 +5,156 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.private import private_directory
-from llamamem.sessions.session import (
-    MISSING,
-    WRONG_BYTES,
-    WRONG_LENGTH,
-    Damaged,
-    Entry,
-    Memory,
-    Missing,
-    Session,
-    check_name,
-    check_quota,
-    check_state,
-    damaged,
-    new_session,
-    next_version,
-    now,
-    read_session,
-    taken,
-    undone,
-)
+from llamamem.sessions.leases import Leases
+from llamamem.sessions.rows import Memories, Row, Rows, seen
+from llamamem.sessions.session import Damaged, Entry, Session
+from llamamem.sessions.store import Full, Unreachable
 
 _APPLICATION = 0x524D5653  # "RMVS": no other program's file is taken for a store
-_VERSION = 2  # 1 had no generation before
+_VERSION = 3  # 1 had no generation before, 2 no namespaces
 _LOCK_TIMEOUT = 60.0  # seconds; a change takes milliseconds
-_SCHEMA = "CREATE TABLE session (name TEXT PRIMARY KEY NOT NULL, metadata TEXT NOT NULL, state BLOB, before BLOB)"
-# of the state, only how long it is and whether it is one: that much is read without the rest
-_LOOK = "SELECT name, metadata, typeof(state), length(state) FROM session WHERE name > ? ORDER BY name LIMIT ?"
+_SCHEMA = (
+    "CREATE TABLE session (namespace TEXT NOT NULL, name TEXT NOT NULL, metadata TEXT NOT NULL, state BLOB,"
+    " origin BLOB, before BLOB, before_origin BLOB, PRIMARY KEY (namespace, name))",
+    "CREATE TABLE used (namespace TEXT PRIMARY KEY NOT NULL, bytes INTEGER NOT NULL)",
+    "CREATE TABLE key (id TEXT PRIMARY KEY NOT NULL, text TEXT NOT NULL)",
+    "CREATE TABLE removals (n INTEGER NOT NULL)",
+    "INSERT INTO removals VALUES (0)",
+)
+_OF = "WHERE namespace = ? AND name = ?"
+_LENGTHS = "coalesce(length(CAST(state AS BLOB)), 0) + coalesce(length(CAST(origin AS BLOB)), 0)"
+# of the states, only how long they are and whether they are: that much is read without the rest
+_LOOK = (
+    "SELECT name, metadata, iif(typeof(state) IN ('null', 'blob'), length(state), -1), length(origin) FROM session"
+    " WHERE namespace = ? AND name > ? ORDER BY name LIMIT ?"
+)
 
 _T = TypeVar("_T")
 
 
-class SqliteStore:
-    """`SqliteStore("sessions.db", quota=10_000_000)`; the file is made with the first session."""
+class SqliteStore(Rows):
+    """`SqliteStore("sessions.db", quota=10_000_000)`; the file is made with the first session.
+
+    It is for the processes of one machine. Nothing that was acknowledged is lost when processes die, nor when the
+    machine does: each change is flushed before it returns. Leases are in a file beside it, `sessions.db-leases`.
+    """
 
     def __init__(self, path: str | Path, *, quota: int | None = None) -> None:
         self.path = Path(path).expanduser().absolute()
         self.quota = quota
+        self._leases = Leases(self.path.with_name(f"{self.path.name}-leases"))
 
     @property
     def location(self) -> str:
         return f"sqlite:{self.path}"
 
-    def create(self, name: str, from_: str | None = None) -> Session:
-        check_name(name)
-        with self._change(make=True) as db:
-            source, state = self._use(db, from_) if from_ is not None else (None, None)
-            if _row(db, name) is not None:
-                self._read(db, name)  # raises when it is damaged
-                raise taken(name, self.location)
-            session = new_session(name, source)
-            db.execute("INSERT INTO session VALUES (?, ?, ?, NULL)", (name, session.model_dump_json(), state))
-            self._check_quota(db, len(state or b""))
-        return session
-
-    def load(self, name: str) -> tuple[Session, bytes | None]:
-        check_name(name)
-        try:
-            with self._opened(write=True) as db:
-                return self._use(db, name)
-        except sqlite3.OperationalError as e:
-            if _is_locked(e):
-                raise self._fault(e) from None
-        # on a full or read-only disk, the time of its use is all that is lost
+    def _get(self, name: str, *, before: bool = False) -> Row | None:
+        columns = ("metadata", "state", "origin", *(("before", "before_origin") if before else ()))
+        wanted = ", ".join(f"CAST({column} AS BLOB)" for column in columns)
         with self._look() as db:
-            return self._read(db, name)
-
-    def save(self, session: Session, memory: Memory) -> Session:
-        with self._change() as db:
-            found, state = self._read(db, session.name)
-            saved = next_version(found, session, memory)
-            self._replace(db, saved, memory.data)
-            self._check_quota(db, len(memory.data) - len(state or b""))
-        return saved
-
-    def undo(self, name: str) -> Session:
-        check_name(name)
-        with self._change() as db:
-            found, state = self._read(db, name)
-            saved = undone(found, self.location)
-            assert found.before is not None
-            before: bytes | None = db.execute(
-                "SELECT CAST(before AS BLOB) FROM session WHERE name = ?", (name,)
-            ).fetchone()[0]
-            try:
-                check_state(found.before, before)
-            except Damaged as e:
-                raise LlamamemError(
-                    f"session {name!r} in {self.location}: generation {found.before.generation} cannot be brought back:"
-                    f" {e}; generation {found.generation} stays"
-                ) from None
-            self._replace(db, saved, before)
-            self._check_quota(db, len(before or b"") - len(state or b""))
-        return saved
-
-    def entries(self, *, after: str | None = None, limit: int | None = None, verify: bool = False) -> list[Entry]:
-        with self._look() as db:
-            found = db.execute(_LOOK, ("" if after is None else after, -1 if limit is None else limit))
-            entries = [_entry(*row) for row in found]
-            if verify:
-                entries = [e if e.fault else _verified(e, _row(db, e.label)) for e in entries]
-        return entries
-
-    def names(self, start: str, limit: int) -> list[str]:
-        with self._look() as db:
-            found = db.execute("SELECT name FROM session WHERE name >= ? ORDER BY name", (start,))
-            names: list[str] = []
-            for (name,) in found:
-                if not str(name).startswith(start) or len(names) >= limit:
-                    break
-                names.append(name)
-        return names
-
-    def remove(self, name: str) -> None:
-        check_name(name)
-
-        def delete(db: sqlite3.Connection) -> None:
-            if db.execute("DELETE FROM session WHERE name = ?", (name,)).rowcount == 0:
-                raise Missing(name, self.location)
-
-        self._delete(delete)
-
-    def prune(self, older_than: timedelta) -> list[str]:
-        limit = now() - older_than
-
-        def delete(db: sqlite3.Connection) -> list[str]:
-            whole = [e for e in (_entry(*row) for row in db.execute(_LOOK, ("", -1))) if e.session and not e.fault]
-            old = [e for e in whole if e.session and e.session.used < limit]
-            names = [e.label for e in old if _verified(e, _row(db, e.label)).fault is None]
-            db.executemany("DELETE FROM session WHERE name = ?", [(name,) for name in names])
-            return names
-
-        return self._delete(delete)
-
-    def total_bytes(self) -> int:
-        with self._look() as db:
-            return _total(db)
-
-    def _use(self, db: sqlite3.Connection, name: str) -> tuple[Session, bytes | None]:
-        session, state = self._read(db, name)
-        session = session.model_copy(update={"used": now()})
-        db.execute("UPDATE session SET metadata = ? WHERE name = ?", (session.model_dump_json(), name))
-        return session, state
-
-    def _read(self, db: sqlite3.Connection, name: str) -> tuple[Session, bytes | None]:
-        row = _row(db, name)
+            row = db.execute(f"SELECT {wanted} FROM session {_OF}", (self.namespace, name)).fetchone()
         if row is None:
-            raise Missing(name, self.location)
-        try:
-            session = _session(name, row[0])
-            check_state(session, row[1])
-        except Damaged as e:
-            raise damaged(name, self.location, e) from None
-        return session, row[1]
+            return None
+        return Row(_text(row[0]), (row[1], row[2]), (row[3], row[4]) if before else (None, None))
 
-    def _replace(self, db: sqlite3.Connection, saved: Session, state: bytes | None) -> None:
-        row = (saved.model_dump_json(), state, saved.name)
-        db.execute("UPDATE session SET metadata = ?, before = state, state = ? WHERE name = ?", row)
+    def _put(self, name: str, expected: str | None, session: Session, memories: Memories | None, more: int) -> bool:
+        text = session.model_dump_json()
+        with self._change(make=expected is None) as db:
+            found = db.execute(f"SELECT CAST(metadata AS BLOB) FROM session {_OF}", (self.namespace, name)).fetchone()
+            there = None if found is None else found[0]
+            if there != (expected and expected.encode()):
+                return bool(there == text.encode())
+            if expected is None:
+                row = (self.namespace, name, text, *(memories or (None, None)))
+                db.execute("INSERT INTO session VALUES (?, ?, ?, ?, ?, NULL, NULL)", row)
+            elif memories is None:
+                db.execute(f"UPDATE session SET metadata = ? {_OF}", (text, self.namespace, name))
+            else:
+                db.execute(
+                    "UPDATE session SET metadata = ?, before = state, before_origin = origin, state = ?, origin = ?"
+                    f" {_OF}",
+                    (text, *memories, self.namespace, name),
+                )
+            if more:
+                self._count(db, more)
+        return True
 
-    def _check_quota(self, db: sqlite3.Connection, more: int) -> None:
+    def _delete(self, name: str, expected: str | None) -> bool:
+        def delete(db: sqlite3.Connection) -> bool:
+            found = db.execute(f"SELECT metadata, {_LENGTHS} FROM session {_OF}", (self.namespace, name)).fetchone()
+            if found is None or (expected is not None and found[0] != expected):
+                return False
+            db.execute(f"DELETE FROM session {_OF}", (self.namespace, name))
+            if found[1]:
+                self._count(db, -found[1])
+            db.execute("UPDATE removals SET n = n + 1")
+            return True
+
+        return self._on_a_full_disk_too(delete)
+
+    def _page(self, after: str, limit: int) -> list[Entry]:
+        with self._look() as db:
+            return [seen(*row) for row in db.execute(_LOOK, (self.namespace, after, limit))]
+
+    def _names(self, start: str, limit: int) -> list[str]:
+        query = "SELECT name FROM session WHERE namespace = ? AND name >= ? ORDER BY name LIMIT ?"
+        with self._look() as db:
+            found = [str(name) for (name,) in db.execute(query, (self.namespace, start, limit))]
+        return [name for name in found if name.startswith(start)]
+
+    def _total(self) -> int:
+        with self._look() as db:
+            return _used(db, self.namespace)
+
+    def _take(self, name: str, owner: str, seconds: float) -> float | None:
+        if not self.path.parent.exists():
+            self._made(private_directory, self.path.parent)
+        return self._leases.take(self.namespace, name, owner, seconds)
+
+    def _let_go(self, name: str, owner: str) -> None:
+        self._leases.end(self.namespace, name, owner)
+
+    def removals(self) -> int:
+        with self._look() as db:
+            return int(db.execute("SELECT n FROM removals").fetchone()[0])
+
+    def _key_texts(self) -> list[str]:
+        with self._look() as db:
+            return [str(text) for (text,) in db.execute("SELECT text FROM key")]
+
+    def _add_key_text(self, id: str, text: str) -> bool:
+        with self._change(make=True) as db:
+            return db.execute("INSERT OR IGNORE INTO key VALUES (?, ?)", (id, text)).rowcount == 1
+
+    def _remove_key_text(self, id: str) -> str | None:
+        with self._change() as db:
+            row = db.execute("SELECT text FROM key WHERE id = ?", (id,)).fetchone()
+            db.execute("DELETE FROM key WHERE id = ?", (id,))
+        return None if row is None else str(row[0])
+
+    def _count(self, db: sqlite3.Connection, more: int) -> None:
+        db.execute(
+            "INSERT INTO used VALUES (?, ?) ON CONFLICT (namespace) DO UPDATE SET bytes = bytes + excluded.bytes",
+            (self.namespace, more),
+        )
         if more > 0:
-            check_quota(self.location, self.quota, _total(db))
+            self._check_quota(_used(db, self.namespace))
 
-    def _delete(self, delete: Callable[[sqlite3.Connection], _T]) -> _T:
-        """On a full disk too, where a journal beside the file has no room: then it is kept in RAM."""
+    def _on_a_full_disk_too(self, change: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Where a journal beside the file has no room, it is kept in RAM."""
         try:
             with self._opened(write=True) as db:
-                return delete(db)
+                return change(db)
         except sqlite3.OperationalError as e:
             if "full" not in str(e) and "disk I/O" not in str(e):
                 raise self._fault(e) from None
         with self._change(journal="MEMORY") as db:
-            return delete(db)
+            return change(db)
 
     @contextlib.contextmanager
     def _change(self, *, make: bool = False, journal: str | None = None) -> Iterator[sqlite3.Connection]:
@@ -195,7 +167,7 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _look(self) -> Iterator[sqlite3.Connection]:
-        """A connection that changes nothing, not even a file of an older version."""
+        """A connection that changes nothing, but for a file of an older version."""
         try:
             with self._opened(write=False) as db:
                 yield db
@@ -205,17 +177,13 @@ class SqliteStore:
     @contextlib.contextmanager
     def _opened(self, *, write: bool, make: bool = False, journal: str | None = None) -> Iterator[sqlite3.Connection]:
         """Leaves sqlite3.OperationalError to the caller."""
+        if make:
+            self._made(self._make)
+        there = self.path.exists()  # a store that is not there is an empty one
+        if there and not self.path.is_file():  # a device of zeros would be one too
+            raise LlamamemError(f"{self.location}: is not a file; give another place")
+        place = f"{self.path.as_uri()}?mode=rw" if there else ":memory:"  # one that cannot be written is read
         try:
-            if make and not self.path.exists():
-                if not self.path.parent.exists():
-                    private_directory(self.path.parent)
-                self.path.touch(mode=0o600)  # what somebody said may be read out of a memory
-            there = self.path.exists()  # a store that is not there is an empty one
-            if there and not self.path.is_file():  # a device of zeros would be one too
-                raise LlamamemError(f"{self.location}: is not a file; give another place")
-            if there and make and self.path.stat().st_mode & 0o077:
-                self.path.chmod(0o600)
-            place = f"{self.path.as_uri()}?mode=rw" if there else ":memory:"  # one that cannot be written is read
             with contextlib.closing(
                 sqlite3.connect(place, timeout=_LOCK_TIMEOUT, isolation_level=None, uri=there)
             ) as db:
@@ -224,87 +192,82 @@ class SqliteStore:
                 db.execute("PRAGMA secure_delete = ON")  # what is forgotten is not left in free pages
                 if journal is not None:
                     db.execute(f"PRAGMA journal_mode = {journal}")
-                writes = write or not there
-                db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+                self._check_file(db)
+                db.execute("BEGIN IMMEDIATE" if write or not there else "BEGIN")
                 with db:  # commits, or rolls back
-                    self._check_file(db, writes)
                     yield db
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as e:
             raise LlamamemError(f"{self.path}: not a store of sessions, or damaged ({e}); give another file") from None
+
+    def _make(self) -> None:
+        if not self.path.exists():
+            if not self.path.parent.exists():
+                private_directory(self.path.parent)
+            self.path.touch(mode=0o600)  # what somebody said may be read out of a memory
+        if self.path.stat().st_mode & 0o077:
+            self.path.chmod(0o600)
+
+    def _made(self, make: Callable[..., Any], *what: Any) -> None:
+        try:
+            make(*what)
         except OSError as e:
-            raise LlamamemError(f"{self.path}: the store cannot be made ({e.strerror}); give another --store") from None
+            raise Unreachable(f"{self.path}: the store cannot be made ({e.strerror}); give another --store") from None
 
     def _fault(self, error: sqlite3.OperationalError) -> LlamamemError:
-        return LlamamemError(
+        kind = Full if "full" in str(error) else Unreachable
+        return kind(
             f"{self.path}: the store cannot be read or changed ({error}); see to the disk, to who may write there and"
             " to who else has it open"
         )
 
-    def _check_file(self, db: sqlite3.Connection, write: bool) -> None:
-        application, version = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-        )
-        if (application, version) == (_APPLICATION, _VERSION):
+    def _check_file(self, db: sqlite3.Connection) -> None:
+        """Makes the tables of a new one, and brings one of an older version on, in a transaction of its own."""
+        if _versions(db) == (_APPLICATION, _VERSION):
             return
-        if application == _APPLICATION and version > _VERSION:
-            raise LlamamemError(f"{self.path}: a store of version {version}, this llamamem reads {_VERSION}; update it")
-        if application != _APPLICATION and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise LlamamemError(f"{self.path}: another program's database; give another file as --store sqlite:FILE")
-        if application == _APPLICATION and write:
-            db.execute("ALTER TABLE session ADD COLUMN before BLOB")
-        elif application != _APPLICATION:
-            db.execute(_SCHEMA if write else f"CREATE TEMP {_SCHEMA.removeprefix('CREATE ')}")
-        if write:
+        db.execute("BEGIN IMMEDIATE")
+        with db:
+            application, version = _versions(db)
+            if application == _APPLICATION and version > _VERSION:
+                raise LlamamemError(
+                    f"{self.path}: a store of version {version}, this llamamem reads {_VERSION}; update it"
+                )
+            tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if application != _APPLICATION and tables:
+                raise LlamamemError(
+                    f"{self.path}: another program's database; give another file as --store sqlite:FILE"
+                )
+            if version < _VERSION:
+                _bring_on(db, version if application == _APPLICATION else 0)
             db.execute(f"PRAGMA application_id = {_APPLICATION}")
             db.execute(f"PRAGMA user_version = {_VERSION}")
 
 
-def _is_locked(error: sqlite3.OperationalError) -> bool:
-    return "locked" in str(error)
+def _bring_on(db: sqlite3.Connection, version: int) -> None:
+    if version:
+        db.execute("ALTER TABLE session RENAME TO older")
+    for statement in _SCHEMA:
+        db.execute(statement)
+    if version:
+        before = "before" if version > 1 else "NULL"
+        db.execute(f"INSERT INTO session SELECT '', name, metadata, state, NULL, {before}, NULL FROM older")
+        db.execute("DROP TABLE older")
+        db.execute(f"INSERT INTO used SELECT '', coalesce(sum({_LENGTHS}), 0) FROM session")
 
 
-def _row(db: sqlite3.Connection, name: str) -> tuple[str, bytes | None] | None:
-    row: tuple[str, bytes | None] | None = db.execute(
-        "SELECT metadata, CAST(state AS BLOB) FROM session WHERE name = ?", (name,)
-    ).fetchone()
-    return row
+def _versions(db: sqlite3.Connection) -> tuple[int, int]:
+    application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    return int(application), int(version)
 
 
-def _total(db: sqlite3.Connection) -> int:
-    return int(db.execute("SELECT coalesce(sum(length(state)), 0) FROM session").fetchone()[0])
+def _used(db: sqlite3.Connection, namespace: str) -> int:
+    row = db.execute("SELECT bytes FROM used WHERE namespace = ?", (namespace,)).fetchone()
+    return 0 if row is None else int(row[0])
 
 
-def _session(name: str, metadata: str) -> Session:
-    session = read_session(metadata)
-    if session.name != name:
-        raise Damaged(f"its metadata is that of {session.name!r}")
-    return session
-
-
-def _entry(name: str, metadata: Any, kind: str, length: int | None) -> Entry:
-    session = None
+def _text(metadata: bytes) -> str:
     try:
-        session = _session(name, metadata)
-        if session.state_sha256 is None and kind != "null":
-            raise Damaged("it has a state that its metadata does not know of")
-        if session.state_sha256 is not None and kind == "null":
-            raise Damaged(MISSING)
-        if kind not in ("null", "blob"):
-            raise Damaged(WRONG_BYTES)
-        if kind == "blob" and length != session.n_bytes:
-            raise Damaged(WRONG_LENGTH)
-    except Damaged as e:
-        return Entry(name, session, str(e))
-    return Entry(name, session)
-
-
-def _verified(entry: Entry, row: tuple[str, bytes | None] | None) -> Entry:
-    """The same entry, with what its state's bytes show."""
-    assert entry.session is not None
-    try:
-        check_state(entry.session, row and row[1])
-    except Damaged as e:
-        return Entry(entry.label, entry.session, str(e))
-    return entry
+        return metadata.decode()
+    except UnicodeDecodeError:
+        raise Damaged("its metadata is damaged: it is not text") from None

@@ -145,7 +145,7 @@ def test_a_server_and_its_sessions(printed: Print, sidecar: Path, model: Path, t
             health = printed("health")
             probed = printed("health", "--probe")
             ps = printed("ps")
-            (slots / "anna.bin").write_bytes(next((tmp_path / "store").glob("*-3.state")).read_bytes())
+            (slots / "anna.bin").write_bytes(next((tmp_path / "store").rglob("*-3.state")).read_bytes())
             pruned = printed("session", "prune", "--older-than", "0m", *store)
             stopped = printed("stop", "mine")
             assert launcher.wait(30) == 0

@@ -173,7 +173,7 @@ def test_session_list(tmp_path: Path, llamamem) -> None:
     store = DirectoryStore(tmp_path / "store")
     for name in ("anna", "kate"):
         store.create(name)
-    path = next((tmp_path / "store").glob("*.json"))
+    path = next((tmp_path / "store").rglob("*.json"))
     path.unlink()
     os.mkfifo(path)
     result = llamamem("session", "list", "--store", store.path)

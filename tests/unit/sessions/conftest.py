@@ -1,15 +1,30 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_memory_server import FakeServer, make_memory
+from store_servers import RAM, SERVERS, NotHere, Server, emptied
 
 from llamamem.serving.client import Client
-from llamamem.sessions import DirectoryStore, Memory, Sessions, SessionStore, SqliteStore
+from llamamem.sessions import Memory, Sessions, SessionStore, open_store
 
 MakeStore = Callable[..., SessionStore]
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In RAM where there is a disk of it: thousands of flushes are waited for here, and none of them is the test."""
+    if not os.access(RAM, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=RAM, prefix="llamamem-test-") as path:
+        yield Path(path)
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +36,45 @@ def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(params=["directory", "sqlite"])
-def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], Server]]:
+    """`servers("valkey")` is the one of that kind, which the first test starts."""
+    running: dict[str, Server] = {}
+    with contextlib.ExitStack() as stack:
+
+        def started(kind: str) -> Server:
+            if kind not in running:
+                try:
+                    running[kind] = stack.enter_context(SERVERS[kind](within=RAM))
+                except NotHere as e:
+                    (pytest.fail if os.environ.get("CI") else pytest.skip)(str(e))
+            return running[kind]
+
+        yield started
+
+
+@pytest.fixture(params=["directory", "sqlite", "valkey", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind, as `open_store` takes it."""
+    local = {"directory": str(tmp_path / "store"), "sqlite": f"sqlite:{tmp_path / 'store.db'}"}
+    if request.param in local:
+        return local[request.param]
+    url: str = request.getfixturevalue("servers")(request.param).url
+    emptied(url)
+    return url
+
+
+@pytest.fixture
+def make_store(place: str) -> Iterator[MakeStore]:
     """`make_store(quota=...)` opens the same store each time."""
-    if request.param == "directory":
-        return lambda **kwargs: DirectoryStore(tmp_path / "store", **kwargs)
-    return lambda **kwargs: SqliteStore(tmp_path / "store.db", **kwargs)
+    with contextlib.ExitStack() as stack:
+
+        def make(**kwargs: Any) -> SessionStore:
+            store = open_store(place, **kwargs)
+            stack.callback(store.close)
+            return store
+
+        yield make
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pytest
 
 from llamamem.errors import LlamamemError
 from llamamem.formats import private
-from llamamem.sessions import DirectoryStore, Memory, directory
+from llamamem.sessions import DirectoryStore, Memory, directory, layout
 
 MakeMemory = Callable[..., Memory]
 
@@ -34,7 +35,13 @@ def place(tmp_path: Path) -> DirectoryStore:
 
 def files(place: DirectoryStore) -> list[str]:
     """What lies in the store, without its locks."""
-    return sorted(path.name for path in place.path.iterdir() if path.name != "locks")
+    places = [path for path in place.path.rglob("*") if path.is_file() and path.parent.name != "locks"]
+    return sorted(path.name for path in places if path.name != "removals")
+
+
+def folder(place: DirectoryStore, name: str = "alice") -> Path:
+    """That has the files of this session."""
+    return next((place.path / "sessions").iterdir()) / key(name)[:2]
 
 
 def key(name: str) -> str:
@@ -77,7 +84,7 @@ class _Os:
         return getattr(os, name)
 
 
-SAVE_STEPS = ["open", "fsync", "replace", "fsync"] * 2 + ["unlink"]
+SAVE_STEPS = ["open", "fsync", "replace", "fsync"] * 2 + ["unlink"] * 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -107,7 +114,7 @@ def test_the_steps_of_a_save_are_all_of_them(place: DirectoryStore, memory: Make
     assert calls == SAVE_STEPS
 
 
-@pytest.mark.parametrize("step", range(len(SAVE_STEPS) - 1))
+@pytest.mark.parametrize("step", range(SAVE_STEPS.index("unlink")))
 def test_a_full_disk_in_a_save_is_one_line_and_leaves_the_old_session(
     place: DirectoryStore, memory: MakeMemory, step: int
 ) -> None:
@@ -185,11 +192,11 @@ def test_a_crash_in_a_load_changes_nothing(place: DirectoryStore, memory: MakeMe
 
 
 def state_file(place: DirectoryStore) -> Path:
-    return next(place.path.glob("*.state"))
+    return next(folder(place).glob(f"{key('alice')}-*.state"))
 
 
 def metadata_file(place: DirectoryStore) -> Path:
-    return place.path / f"{key('alice')}.json"
+    return folder(place) / f"{key('alice')}.json"
 
 
 def edit(place: DirectoryStore, **members: Any) -> None:
@@ -221,7 +228,7 @@ DAMAGES: dict[str, tuple[Callable[[DirectoryStore], Any], str]] = {
 
 
 def state_file_named(place: DirectoryStore) -> Path:
-    return place.path / f"{key('alice')}-1.state"
+    return folder(place) / f"{key('alice')}-1.state"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -332,7 +339,7 @@ def test_a_link_that_somebody_laid_is_not_written_through(
     target = tmp_path / "theirs"
     target.write_text("theirs")
     for name in (f".{key('alice')}.json.part", f".{key('alice')}-2.state.part"):
-        (place.path / name).symlink_to(target)
+        (folder(place) / name).symlink_to(target)
     place.save(saved, memory(2, 2))
     assert target.read_text() == "theirs" and place.load("alice")[1] == memory(2, 2).data
     assert not [name for name in files(place) if name.endswith(".part")]
@@ -367,25 +374,56 @@ def test_a_read_only_store_lists_and_loads(
 def test_rm_sweeps_what_killed_writers_left(place: DirectoryStore, memory: MakeMemory) -> None:
     place.save(place.create("alice"), memory(1, 1))
     place.save(place.create("bob"), memory(1, 1))
-    parts = [place.path / f".{key(name)}-2.state.part" for name in ("alice", "bob", "carol")]
+    beside = key("alice")[:2] + "0" * 62  # would lie in the same folder
+    parts = [folder(place) / f".{k}-2.state.part" for k in (key("alice"), beside)]
+    parts.append(folder(place, "bob") / f".{key('bob')}-2.state.part")
     for part in parts:
         part.write_bytes(b"half a memory")
         os.utime(part, (0, 0))
-    (place.path / f"{key('alice')}-7.state").write_bytes(b"a generation that nobody knows of")
+    (folder(place) / f"{key('alice')}-7.state").write_bytes(b"a generation that nobody knows of")
     place.remove("alice")
-    assert files(place) == sorted([f"{key('bob')}-1.state", f"{key('bob')}.json"])
+    assert files(place) == sorted([f"{key('bob')}-1.state", f"{key('bob')}.json", parts[2].name])
+    assert place.prune(timedelta(days=1)) == [] and parts[2].name not in files(place)
+
+
+OLD = "alice", "bob", "a/b"
+
+
+@pytest.mark.parametrize("stop", [None, *range(8)])
+def test_a_directory_of_an_older_version_is_moved(place: DirectoryStore, memory: MakeMemory, stop: int | None) -> None:
+    """Also by two attempts of which the first was killed."""
+    for i, name in enumerate(OLD):
+        place.save(place.save(place.create(name), memory(i, i)), memory(i + 10, i))
+    for path in [path for path in (place.path / "sessions").rglob("*") if path.is_file()]:
+        path.rename(place.path / path.name)
+    shutil.rmtree(place.path / "sessions")
+    if stop is not None:
+        moves = iter(range(99))
+
+        def replace(*paths: Any) -> None:
+            if next(moves) == stop:
+                raise Killed
+            os.replace(*paths)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(layout, "os", _Os({"replace": replace}))
+            place.entries()
+    assert [(entry.label, entry.fault) for entry in place.entries(verify=True)] == [(n, None) for n in sorted(OLD)]
+    for i, name in enumerate(OLD):
+        assert place.load(name)[1] == memory(i + 10, i).data and place.undo(name).tokens == i
+    assert [path.name for path in place.path.iterdir() if path.is_file()] == []
 
 
 def test_a_generation_before_that_is_damaged_is_not_brought_back(place: DirectoryStore, memory: MakeMemory) -> None:
     place.save(place.save(place.create("alice"), memory(1, 1)), memory(2, 2))
-    (place.path / f"{key('alice')}-1.state").write_bytes(b"")
+    (folder(place) / f"{key('alice')}-1.state").write_bytes(b"")
     with pytest.raises(LlamamemError, match=r"generation 1 cannot be brought back: its state is damaged.*2 stays"):
         place.undo("alice")
     assert place.load("alice")[0].generation == 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", range(9))
+@pytest.mark.parametrize("step", range(10))
 def test_a_crash_in_an_undo_leaves_a_whole_session(
     place: DirectoryStore, memory: MakeMemory, step: int, when: str
 ) -> None:

@@ -151,7 +151,7 @@ def test_list_json_is_one_object_with_the_damaged(llamamem: Run, tmp_path: Path,
     (listed,) = value["sessions"]
     assert (listed["name"], listed["tokens"], listed["fault"]) == ("caf\u00e9 [red]", 3, None)
     assert listed["used"].endswith("Z")
-    next(store.path.glob("*.state")).write_bytes(b"")
+    next(store.path.rglob("*.state")).write_bytes(b"")
     spoilt = llamamem("session", "list", "--json")
     assert spoilt.status == 1 and "state is damaged" in json.loads(spoilt.out)["sessions"][0]["fault"]
     table = llamamem("session", "list")
@@ -175,7 +175,7 @@ def test_prune_prints_what_it_removed(llamamem: Run, tmp_path: Path) -> None:
     store = data_store(tmp_path)
     for name in ("old", "new"):
         store.create(name)
-    path = store.path / f"{sha256(b'old').hexdigest()}.json"
+    path = next(store.path.rglob(f"{sha256(b'old').hexdigest()}.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"used": "2025-12-31T00:00:00Z"}))
     assert llamamem("session", "prune", "--older-than", "99999w").out == ""
     pruned = llamamem("session", "prune", "--older-than", "30d")
@@ -233,7 +233,7 @@ def test_the_list_has_pages(llamamem: Run, tmp_path: Path) -> None:
 def test_verify_reads_every_state(llamamem: Run, tmp_path: Path, memory: Callable[..., Memory]) -> None:
     store = data_store(tmp_path)
     store.save(store.create("alice"), memory(1, 1))
-    path = next(store.path.glob("*.state"))
+    path = next(store.path.rglob("*.state"))
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     assert llamamem("session", "list").status == 0
     found = llamamem("session", "list", "--verify")

@@ -74,8 +74,8 @@ def test_another_programs_database_is_left_alone(place: SqliteStore) -> None:
 
 def test_a_later_version_is_refused(place: SqliteStore) -> None:
     place.create("alice")
-    execute(place, "PRAGMA user_version = 3")
-    with pytest.raises(LlamamemError, match=r"version 3.*update"):
+    execute(place, "PRAGMA user_version = 4")
+    with pytest.raises(LlamamemError, match=r"version 4.*update"):
         place.load("alice")
 
 
@@ -111,13 +111,23 @@ def test_only_the_owner_can_read(place: SqliteStore) -> None:
     assert place.path.stat().st_mode & 0o077 == 0
 
 
-def test_a_store_of_the_first_version_goes_on(place: SqliteStore, memory: MakeMemory) -> None:
-    saved = place.save(place.create("alice"), memory(1, 1))
-    execute(place, "ALTER TABLE session DROP COLUMN before")
-    execute(place, "PRAGMA user_version = 1")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_of_an_older_version_goes_on(place: SqliteStore, memory: MakeMemory, version: int) -> None:
+    saved = place.save(place.save(place.create("alice"), memory(1, 1)), memory(2, 2))
+    place.path.unlink()
+    before = ", before BLOB" if version == 2 else ""
+    execute(place, f"CREATE TABLE session (name TEXT PRIMARY KEY, metadata TEXT NOT NULL, state BLOB{before})")
+    states = (memory(2, 2).data, memory(1, 1).data)[:version]
+    row = ("alice", saved.model_dump_json(exclude_defaults=True, exclude={"format"}), *states)
+    execute(place, f"INSERT INTO session VALUES ({', '.join('?' * len(row))})", *row)
+    execute(place, f"PRAGMA application_id = {0x524D5653}")
+    execute(place, f"PRAGMA user_version = {version}")
     assert [entry.fault for entry in place.entries(verify=True)] == [None]
-    assert place.save(saved, memory(2, 2)).generation == 2
-    assert place.undo("alice").tokens == 1
+    assert place.total_bytes() == len(memory(1).data) and place.within("k").entries() == []
+    if version == 2:
+        assert place.undo("alice").tokens == 1
+    assert place.save(place.load("alice")[0], memory(3, 3)).before is not None
+    assert place.undo("alice").tokens in (1, 2)
 
 
 class Full(sqlite3.Connection):

@@ -1,0 +1,63 @@
+"""How a directory of sessions is laid out; older versions had all files in one folder, which are moved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import filelock
+
+from llamamem.formats.private import flush_directory, private_directory
+from llamamem.sessions.store import Unreachable
+
+SESSIONS = "sessions"
+_PART = ".sessions.part"
+
+_OLD = re.compile(r"\.?(?P<key>[0-9a-f]{64})(\.json|-[0-9]+\.state)(\.part)?")
+
+
+def namespace_key(namespace: str) -> str:
+    return hashlib.sha256(namespace.encode()).hexdigest()[:32]
+
+
+def check(root: Path) -> None:
+    """Sees that a store of an older version is moved before it is used. It takes one look where there is none."""
+    if (root / SESSIONS).exists() or not root.is_dir():
+        return
+    names = os.listdir(root)
+    if _PART not in names and not any(map(_OLD.fullmatch, names)):
+        return
+    try:
+        with filelock.FileLock(_lock(root), timeout=600):
+            if not (root / SESSIONS).exists():
+                _move(root)
+    except OSError as e:
+        raise Unreachable(
+            f"{root}: sessions of an older llamamem, which are moved into folders by their first use, and cannot be"
+            f" ({e.strerror or e}); see to the disk and to who may write there"
+        ) from None
+
+
+def _lock(root: Path) -> Path:
+    (root / "locks").mkdir(exist_ok=True, mode=0o700)
+    return root / "locks" / "layout.lock"
+
+
+def _move(root: Path) -> None:
+    """Moves file by file into a folder that gets its name when all is there: one that was killed is gone on with."""
+    new = root / _PART
+    place = new / namespace_key("")
+    private_directory(place)
+    folders = set()
+    for match in filter(None, map(_OLD.fullmatch, os.listdir(root))):
+        folder = place / match["key"][:2]
+        if folder not in folders:
+            private_directory(folder)
+            folders.add(folder)
+        os.replace(root / match[0], folder / match[0])
+    for path in (*folders, place, new, root):
+        flush_directory(path)
+    os.replace(new, root / SESSIONS)
+    flush_directory(root)
