@@ -44,7 +44,7 @@ def app_of(verbs: Collection[str]) -> typer.Typer:
     """The command line with these of the modules in it."""
     app = typer.Typer(
         name="llamamem",
-        help="Gemma 4 with an RWKV-MS memory beside it, inside a pinned and patched llama.cpp.",
+        help="Language models that remember: a memory beside an unchanged model, in a pinned and patched llama.cpp.",
         epilog="Exit status: 0 done, or it holds; 1 a check failed; 2 it could not be run. A command's help says more.",
         no_args_is_help=True,
         rich_markup_mode="markdown",  # paragraphs are filled, brackets stay
