@@ -35,7 +35,7 @@ _FAR = 5  # times the bound: no rounding
 
 
 def standard_script(chunk: int, seed: int = 0, max_new_tokens: int = 16) -> Script:
-    """A conversation of the small language that goes beyond one chunk, with everything that a script can do in it."""
+    """A conversation of the small language that goes beyond `chunk` tokens, and has all that a script can do in it."""
     rng = random.Random(seed)
     facts = list(language.draw_facts(rng, 4).items())
 
@@ -48,7 +48,6 @@ def standard_script(chunk: int, seed: int = 0, max_new_tokens: int = 16) -> Scri
     ask = [say(language.question(name)) for name, _ in facts]
     steps = [tell(facts[:2]), ask[0], say(language.small_talk(rng, 48)), Step(save="early"), tell(facts[2:])]
     talked = 0
-    chunk = chunk or _TALK  # a delta rule has none
     while talked < chunk:
         steps.append(say(language.small_talk(rng, min(_TALK, chunk - talked))))
         talked += _TALK
@@ -124,7 +123,7 @@ def hold(
     if inject is not None and inject.layer not in memory.adapter.layers:
         layers = ", ".join(map(str, memory.adapter.layers))
         raise LlamamemError(f"--inject: layer {inject.layer} has no memory; those that have: {layers}")
-    script = script or standard_script(memory_of.chunk)
+    script = script or standard_script(_TALK if memory_of.kind == DELTA_RULE else memory_of.chunk)
     with (
         tempfile.TemporaryDirectory(prefix="llamamem-parity-") as scratch,
         started(

@@ -15,7 +15,7 @@ import numpy as np
 from llamamem.errors import LlamamemError
 
 # The roundings of two runs, with and without the memory, add up: sqrt(2) times those of one if they were independent.
-# 1.5 was seen at most.
+# 1.8 was seen at most.
 APART = 2.5
 SIZE = 0.1  # part by which the sizes of both effects may differ, beside those roundings
 

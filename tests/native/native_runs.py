@@ -13,6 +13,7 @@ from llamamem.errors import LlamamemError
 from llamamem.native.layer import eval_layer
 from llamamem.native.runtime import Context, Model, State, load_library
 from llamamem.proof.fixtures import FixtureReport, check_fixtures
+from llamamem.proof.model_fixtures import CaseReport, check_model_fixture
 
 MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"
 
@@ -182,6 +183,11 @@ def load_other_variant() -> None:
 def run_layer(weights: dict[str, np.ndarray] | None, **arguments: Any) -> dict[str, np.ndarray]:
     """One layer through the compiled op."""
     return eval_layer(weights, **arguments)
+
+
+def model_reports(folder: Path, sidecar: Path | None = None) -> list[CaseReport]:
+    """A whole-model fixture through the runtime, with the sidecar exported from it unless one is given."""
+    return check_model_fixture(folder, "native", sidecar=sidecar)
 
 
 def layer_reports(paths: list[Path], atol: float) -> list[FixtureReport]:
