@@ -96,6 +96,11 @@ class Header:
         return self.heads * self.states * self.rank**2
 
     @property
+    def sources(self) -> int:
+        """f32 values after them: the source of the last token, which the delta rule has not."""
+        return self.heads * self.rank if self.semantics else 0
+
+    @property
     def cell_bytes(self) -> int:
         """Bytes of all cells, and of their origins."""
         return 4 * self.cells * self.layers * self.values * (2 if self.flags & ORIGINS else 1)

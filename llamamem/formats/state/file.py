@@ -73,10 +73,10 @@ class State:
     """
 
     S: np.ndarray  # f32 [cells, layers, N, M, R, R], as S[n, m, i, j] of the specification
-    prev: np.ndarray  # f32 [cells, layers, N*R]: the source of the last token written
+    prev: np.ndarray  # f32 [cells, layers, N*R]: the source of the last token written; [.., 0] of a delta rule
     tokens_written: np.ndarray  # int64 [cells, layers]
-    chunk: int  # C, tokens
-    semantics: int
+    chunk: int  # C, tokens; 2^24 of a delta rule
+    semantics: int  # 1 or 2; 0: a delta rule
     sidecar_sha256: str
     base_sha256: str
     kind: int = MEMORY
@@ -287,13 +287,16 @@ def _check_header(
 
 def _check_shape(header: Header, n_tokens: int, sidecar: Sidecar | None) -> None:
     for name, most in _LIMITS.items():
-        if not 1 <= getattr(header, name) <= most:
-            raise refused("state-shape", f"{name} is {getattr(header, name)}, must be from 1 to {most}")
+        least = 0 if name == "semantics" else 1
+        if not least <= getattr(header, name) <= most:
+            raise refused("state-shape", f"{name} is {getattr(header, name)}, must be from {least} to {most}")
+    if header.semantics == 0 and (header.states, header.chunk) != (1, _MAX_PERIOD):
+        raise refused("state-shape", f"states and chunk are not those of a delta rule, 1 and {_MAX_PERIOD}")
     if header.period > _MAX_PERIOD:
         raise refused("state-shape", f"chunk * states is {header.period}, must be at most {_MAX_PERIOD}")
     if header.matrices > _MAX_STATE:
         raise refused("state-shape", f"the matrices of a layer have {header.matrices} values, at most {_MAX_STATE}")
-    if header.values != (values := header.matrices + header.heads * header.rank + 2):
+    if header.values != (values := header.matrices + header.sources + 2):
         raise refused("state-shape", f"values is {header.values}, must be {values} with these heads, states and rank")
     if header.cells < 1 or (header.cells > 1 and header.kind != CONTEXT):
         raise refused("state-shape", f"cells is {header.cells}, impossible for kind '{KINDS[header.kind]}'")
@@ -312,6 +315,7 @@ def _check_shape(header: Header, n_tokens: int, sidecar: Sidecar | None) -> None
             raise refused("state-shape", f"has a provenance where none may be: {quoted(text.decode(errors='replace'))}")
     if sidecar is not None:
         want = {name: getattr(sidecar, name) for name in _LIMITS if name != "layers"} | {"layers": len(sidecar.layers)}
+        want["chunk"] = want["chunk"] or _MAX_PERIOD  # a delta rule has none
         for name in _LIMITS:
             if getattr(header, name) != want[name]:
                 raise refused("state-shape", f"{name} is {getattr(header, name)}, the sidecar has {want[name]}")
