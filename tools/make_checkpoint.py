@@ -1,6 +1,7 @@
 """Writes a random adapter checkpoint of a given shape, and a base GGUF of that shape without weights.
 
     python tools/make_checkpoint.py configs/gemma-4-e4b.json --output e4b --base e4b.gguf
+    python tools/make_checkpoint.py configs/qwen3-4b.json --output 4b --base 4b.gguf
 
 The base is all header: the right keys and attention tensors, and a hole in the file where their values would be. It is
 for the sidecar's tools alone. The same shape and seed give the same bytes.
@@ -23,6 +24,7 @@ import numpy as np
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import writer as checkpoint_write
 from llamamem.formats.gguf_file import GgufTensor
+from llamamem.formats.sidecar.layout import DELTA_RULE, RWKV_MS, SOURCE_PREFIX
 from llamamem.formats.sidecar.tensor_types import bf16
 
 # A tensor is given by its name, its shape (torch order), the mean and the deviation of its random values.
@@ -45,29 +47,34 @@ class Memory:
     alpha: float = 16.0
     lora: int = 32
     delta_heads: tuple[str, ...] = ("q", "o")
+    kind: str = RWKV_MS
+    prefix: str = SOURCE_PREFIX
 
     @classmethod
     def of_shape(cls, shape: dict[str, Any]) -> Memory:
         """The memory of a shape file such as configs/gemma-4-e4b.json."""
-        memory = shape["memory"]
+        memory, base = shape["memory"], shape["base"]
+        kind = memory.get("kind", RWKV_MS)
         return cls(
             base=shape["name"],
-            hidden=shape["base"]["hidden"],
-            widths={layer: widths(shape, layer) for layer in memory["target_layers"]},
-            chunk=memory["rwkv_ms_chunk_size"],
+            hidden=base["hidden"],
+            widths={layer: widths(shape, layer) for layer in memory.get("target_layers", range(base["layers"]))},
+            chunk=memory.get("rwkv_ms_chunk_size", 0),
             rank=memory["rank"],
             heads=memory["num_state_heads"],
-            states=memory["rwkv_ms_num_states"],
+            states=memory.get("rwkv_ms_num_states", 1),
             alpha=memory["alpha"],
-            lora=memory["lora"],
+            lora=memory.get("lora", 0),
             delta_heads=tuple(memory["delta_heads"]),
+            kind=kind,
+            prefix=SOURCE_PREFIX if base["architecture"] == "gemma4" else "model.layers.",
         )
 
 
 def widths(shape: dict[str, Any], layer: int) -> tuple[int, int, int, int]:
     """Of q, k, v and o in a layer of the base."""
     base = shape["base"]
-    dim = base["global_head_dim"] if full(base, layer) else base["head_dim"]
+    dim = base["global_head_dim"] if "full_every" in base and full(base, layer) else base["head_dim"]
     return base["heads"] * dim, base["kv_heads"] * dim, base["kv_heads"] * dim, base["hidden"]
 
 
@@ -78,28 +85,50 @@ def full(base: dict[str, Any], layer: int) -> bool:
 def tensor_specs(m: Memory) -> Iterator[Spec]:
     """Every tensor of a checkpoint by its source name, with values in the range of trained ones."""
     d = m.rank * m.heads
-    vectors = {"x_r": (0.4, 0.2), "x_w": (0.3, 0.2), "x_k": (0.6, 0.2), "x_v": (0.7, 0.2), "x_a": (0.6, 0.2)}
-    vectors |= {"x_g": (0.6, 0.2), "w0": (-2.7, 1.2), "a0": (-0.3, 0.7), "k_k": (0.6, 0.2), "k_a": (1.0, 0.1)}
-    vectors |= {"ln_x.weight": (1.0, 0.2), "ln_x.bias": (0.0, 0.3)}
     for layer, heads in m.widths.items():
-        attn = f"model.language_model.layers.{layer}.self_attn."
-        core = attn + "hrm_rwkv7_core."
+        attn = f"{m.prefix}{layer}.self_attn."
         for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj"):
             yield f"{attn}{name}", (d, m.hidden), 0.0, 1 / m.hidden**0.5
         yield attn + "beta_bias", (d,), -1.5, 0.6
         for head, width in zip("qkvo", heads, strict=True):
-            yield f"{attn}delta_{head}_proj", (width, d), 0.0, 0.06
-        for name, (mean, std) in vectors.items():
-            yield core + name, (d,), mean, std
-        for name in ("w", "a", "g"):
-            yield f"{core}{name}1", (d, m.lora), 0.0, 1 / d**0.5
-            yield f"{core}{name}2", (m.lora, d), 0.0, 0.27
-        for name in ("receptance", "key", "value", "output"):
-            yield f"{core}{name}.weight", (d, d), 0.0, 1 / d**0.5
+            # delta-mem's checkpoints hold zeros for heads that are not in use
+            idle = m.kind == DELTA_RULE and head not in m.delta_heads
+            yield f"{attn}delta_{head}_proj", (width, d), 0.0, 0.0 if idle else 0.06
+        if m.kind == RWKV_MS:
+            yield from core_specs(m, attn + "hrm_rwkv7_core.")
+
+
+def core_specs(m: Memory, core: str) -> Iterator[Spec]:
+    d = m.rank * m.heads
+    vectors = {"x_r": (0.4, 0.2), "x_w": (0.3, 0.2), "x_k": (0.6, 0.2), "x_v": (0.7, 0.2), "x_a": (0.6, 0.2)}
+    vectors |= {"x_g": (0.6, 0.2), "w0": (-2.7, 1.2), "a0": (-0.3, 0.7), "k_k": (0.6, 0.2), "k_a": (1.0, 0.1)}
+    vectors |= {"ln_x.weight": (1.0, 0.2), "ln_x.bias": (0.0, 0.3)}
+    for name, (mean, std) in vectors.items():
+        yield core + name, (d,), mean, std
+    for name in ("w", "a", "g"):
+        yield f"{core}{name}1", (d, m.lora), 0.0, 1 / d**0.5
+        yield f"{core}{name}2", (m.lora, d), 0.0, 0.27
+    for name in ("receptance", "key", "value", "output"):
+        yield f"{core}{name}.weight", (d, d), 0.0, 1 / d**0.5
 
 
 def config(m: Memory, semantics: int) -> dict[str, Any]:
     """What a checkpoint's config must say; every absent key means its implemented value."""
+    if m.kind == DELTA_RULE:  # as the published one says, but for what is as by default
+        return {
+            "rank": m.rank,
+            "alpha": m.alpha,
+            "beta_bias_init": -1.5,
+            "normalize_qk": True,
+            "couple_lambda": True,
+            "state_update_mode": "standard",
+            "rankwise_gates": True,
+            "output_init": "base_slice_fixed",
+            "num_state_heads": m.heads,
+            "memory_write_granularity": "token",
+            "target_layers": [],
+            "delta_heads": list(m.delta_heads),
+        }
     values: dict[str, Any] = {
         "rank": m.rank,
         "alpha": m.alpha,
@@ -135,7 +164,8 @@ def write_checkpoint(
         if zero_deltas and ".delta_" in source:
             values = np.zeros_like(values)
         tensors.append(GgufTensor(source, "BF16", shape, bf16(values)))
-    checkpoint_write.write_checkpoint(folder, tensors, config(m, semantics), {"base_model": m.base}, format=format)
+    about = None if m.kind == DELTA_RULE else {"base_model": m.base}
+    checkpoint_write.write_checkpoint(folder, tensors, config(m, semantics), about, format=format)
 
 
 def write_hollow_base(path: Path, shape: dict[str, Any]) -> None:
@@ -147,11 +177,12 @@ def write_hollow_base(path: Path, shape: dict[str, Any]) -> None:
     writer.add_embedding_length(base["hidden"])
     writer.add_head_count(base["heads"])
     writer.add_head_count_kv(base["kv_heads"])
-    writer.add_key_length(base["global_head_dim"])
-    writer.add_value_length(base["global_head_dim"])
-    writer.add_key_length_swa(base["head_dim"])
-    writer.add_value_length_swa(base["head_dim"])
-    writer.add_sliding_window_pattern([not full(base, layer) for layer in range(base["layers"])])
+    writer.add_key_length(base.get("global_head_dim", base["head_dim"]))
+    writer.add_value_length(base.get("global_head_dim", base["head_dim"]))
+    if "full_every" in base:
+        writer.add_key_length_swa(base["head_dim"])
+        writer.add_value_length_swa(base["head_dim"])
+        writer.add_sliding_window_pattern([not full(base, layer) for layer in range(base["layers"])])
     block, block_bytes = gguf.GGML_QUANT_SIZES[_HOLE]
     n_bytes = 0
     for layer in range(base["layers"]):

@@ -66,7 +66,7 @@ class Header:
     states: int
     rank: int
     chunk: int
-    semantics: int
+    semantics: int  # of an RWKV-MS; 0: a delta rule
     cells: int
     values: int  # f32, of one layer of a cell
     kv_bytes: int = 0
@@ -96,8 +96,8 @@ class Header:
         return self.heads * self.states * self.rank**2
 
     @property
-    def sources(self) -> int:
-        """f32 values after them: the source of the last token, which the delta rule has not."""
+    def prev(self) -> int:
+        """f32 values of the source of the last token, of one layer of a cell: a delta rule has none."""
         return self.heads * self.rank if self.semantics else 0
 
     @property
