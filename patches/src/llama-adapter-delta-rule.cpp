@@ -7,7 +7,7 @@ llama_adapter_mem_core llama_adapter_mem_core_delta_rule(const llama_adapter_mem
     llama_adapter_mem_core res(hparams);
 
     res.params.n_state      = 1;
-    res.params.n_chunk      = 1 << 24; // there is nothing to count but what is shown
+    res.params.n_chunk      = hparams.n_chunk; // there is nothing to count but what is shown
     res.params.semantics    = 0;
     res.params.erase_gate   = 1.0f;
     res.params.normalize_qk = hparams.normalize_qk;

@@ -72,7 +72,7 @@ struct llama_adapter_mem_info {
     uint32_t rank;           // R
     uint32_t n_head;         // N, state heads
     uint32_t n_state;        // M, states per head
-    uint32_t n_chunk;        // C, tokens; 0 of the delta rule
+    uint32_t n_chunk;        // C, tokens; 2^24 of the delta rule
     uint32_t semantics;      // 1 or 2; 0 of the delta rule
     float    alpha;
 

@@ -275,7 +275,7 @@ server_task_result_ptr server_adapter_mem::action(const server_task & task, serv
 
     try {
         if (action.rfind("memory-", 0) == 0 && !has_memory()) {
-            throw std::invalid_argument("this server has no memory: start it with --rwkv-ms-sidecar");
+            throw std::invalid_argument("this server has no memory: start it with --memory-adapter");
         }
 
         auto & slot = slots[id_slot];
