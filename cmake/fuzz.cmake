@@ -25,6 +25,7 @@ function(llamamem_fuzz_targets)
         "${SRC}/llama-adapter-mem-sha256.cpp"
         "${SRC}/llama-adapter-mem-sidecar.cpp"
         "${SRC}/llama-adapter-mem-sidecar-keys.cpp"
+        "${SRC}/llama-adapter-mem-sidecar-kv.cpp"
         "${SRC}/llama-adapter-mem-sidecar-tensors.cpp")
     set_target_properties(fuzz-adapter-mem-sidecar PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
     target_compile_features(fuzz-adapter-mem-sidecar PRIVATE cxx_std_17)

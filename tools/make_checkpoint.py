@@ -23,6 +23,7 @@ import numpy as np
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import writer as checkpoint_write
 from llamamem.formats.gguf_file import GgufTensor
+from llamamem.formats.sidecar.layout import DELTA_RULE, RWKV_MS, SOURCE_PREFIX
 from llamamem.formats.sidecar.tensor_types import bf16
 
 # A tensor is given by its name, its shape (torch order), the mean and the deviation of its random values.
@@ -45,6 +46,8 @@ class Memory:
     alpha: float = 16.0
     lora: int = 32
     delta_heads: tuple[str, ...] = ("q", "o")
+    kind: str = RWKV_MS
+    prefix: str = SOURCE_PREFIX
 
     @classmethod
     def of_shape(cls, shape: dict[str, Any]) -> Memory:
@@ -78,28 +81,50 @@ def full(base: dict[str, Any], layer: int) -> bool:
 def tensor_specs(m: Memory) -> Iterator[Spec]:
     """Every tensor of a checkpoint by its source name, with values in the range of trained ones."""
     d = m.rank * m.heads
-    vectors = {"x_r": (0.4, 0.2), "x_w": (0.3, 0.2), "x_k": (0.6, 0.2), "x_v": (0.7, 0.2), "x_a": (0.6, 0.2)}
-    vectors |= {"x_g": (0.6, 0.2), "w0": (-2.7, 1.2), "a0": (-0.3, 0.7), "k_k": (0.6, 0.2), "k_a": (1.0, 0.1)}
-    vectors |= {"ln_x.weight": (1.0, 0.2), "ln_x.bias": (0.0, 0.3)}
     for layer, heads in m.widths.items():
-        attn = f"model.language_model.layers.{layer}.self_attn."
-        core = attn + "hrm_rwkv7_core."
+        attn = f"{m.prefix}{layer}.self_attn."
         for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj"):
             yield f"{attn}{name}", (d, m.hidden), 0.0, 1 / m.hidden**0.5
         yield attn + "beta_bias", (d,), -1.5, 0.6
         for head, width in zip("qkvo", heads, strict=True):
-            yield f"{attn}delta_{head}_proj", (width, d), 0.0, 0.06
-        for name, (mean, std) in vectors.items():
-            yield core + name, (d,), mean, std
-        for name in ("w", "a", "g"):
-            yield f"{core}{name}1", (d, m.lora), 0.0, 1 / d**0.5
-            yield f"{core}{name}2", (m.lora, d), 0.0, 0.27
-        for name in ("receptance", "key", "value", "output"):
-            yield f"{core}{name}.weight", (d, d), 0.0, 1 / d**0.5
+            # delta-mem's checkpoints hold zeros for heads that are not in use
+            idle = m.kind == DELTA_RULE and head not in m.delta_heads
+            yield f"{attn}delta_{head}_proj", (width, d), 0.0, 0.0 if idle else 0.06
+        if m.kind == RWKV_MS:
+            yield from core_specs(m, attn + "hrm_rwkv7_core.")
+
+
+def core_specs(m: Memory, core: str) -> Iterator[Spec]:
+    d = m.rank * m.heads
+    vectors = {"x_r": (0.4, 0.2), "x_w": (0.3, 0.2), "x_k": (0.6, 0.2), "x_v": (0.7, 0.2), "x_a": (0.6, 0.2)}
+    vectors |= {"x_g": (0.6, 0.2), "w0": (-2.7, 1.2), "a0": (-0.3, 0.7), "k_k": (0.6, 0.2), "k_a": (1.0, 0.1)}
+    vectors |= {"ln_x.weight": (1.0, 0.2), "ln_x.bias": (0.0, 0.3)}
+    for name, (mean, std) in vectors.items():
+        yield core + name, (d,), mean, std
+    for name in ("w", "a", "g"):
+        yield f"{core}{name}1", (d, m.lora), 0.0, 1 / d**0.5
+        yield f"{core}{name}2", (m.lora, d), 0.0, 0.27
+    for name in ("receptance", "key", "value", "output"):
+        yield f"{core}{name}.weight", (d, d), 0.0, 1 / d**0.5
 
 
 def config(m: Memory, semantics: int) -> dict[str, Any]:
     """What a checkpoint's config must say; every absent key means its implemented value."""
+    if m.kind == DELTA_RULE:  # as the published one says, but for what is as by default
+        return {
+            "rank": m.rank,
+            "alpha": m.alpha,
+            "beta_bias_init": -1.5,
+            "normalize_qk": True,
+            "couple_lambda": True,
+            "state_update_mode": "standard",
+            "rankwise_gates": True,
+            "output_init": "base_slice_fixed",
+            "num_state_heads": m.heads,
+            "memory_write_granularity": "token",
+            "target_layers": [],
+            "delta_heads": list(m.delta_heads),
+        }
     values: dict[str, Any] = {
         "rank": m.rank,
         "alpha": m.alpha,
@@ -135,7 +160,8 @@ def write_checkpoint(
         if zero_deltas and ".delta_" in source:
             values = np.zeros_like(values)
         tensors.append(GgufTensor(source, "BF16", shape, bf16(values)))
-    checkpoint_write.write_checkpoint(folder, tensors, config(m, semantics), {"base_model": m.base}, format=format)
+    about = None if m.kind == DELTA_RULE else {"base_model": m.base}
+    checkpoint_write.write_checkpoint(folder, tensors, config(m, semantics), about, format=format)
 
 
 def write_hollow_base(path: Path, shape: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from hostile import config_cases, file_cases, json_cases, key_cases, sound_cases, tensor_cases
+from hostile import config_cases, file_cases, json_cases, key_cases, sound_cases, tensor_cases, version_3
 
-MODULES = (file_cases, key_cases, json_cases, config_cases, tensor_cases, sound_cases)
+MODULES = (file_cases, key_cases, json_cases, config_cases, tensor_cases, sound_cases, version_3)
 FOLDER = Path(__file__).parents[1] / "tests" / "data" / "hostile"
 
 

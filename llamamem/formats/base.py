@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
 from llamamem.formats.regular import open_regular
 
-ARCHITECTURES = ("gemma4",)
+TESTED = ("gemma4", "gemma3", "qwen3", "smollm3", "llama")  # architectures with a parity fixture
+
+# How a converter left the rows of q and k: as they were, or permuted within each head for a rope over neighbours
+# [TAG_ADAPTER_MEM_ROWS]. Of an architecture that is in neither, `sidecar export --row-order` has to say it.
+ROWS = dict.fromkeys(
+    ("gemma4", "gemma3", "gemma3n", "gemma2", "qwen3", "qwen2", "phi3", "olmo2"), "hf"
+) | dict.fromkeys(("llama", "smollm3", "granite", "arcee"), "norm")
+
 _SPLIT_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -44,44 +51,34 @@ class BaseModel:
     """A base GGUF as far as a sidecar is concerned."""
 
     path: Path
+    arch: str  # llama.cpp's name of the architecture
     name: str
     hidden: int
+    head_dim: int  # width of a head of q and k, in layers of full attention
     layers: tuple[AttentionLayer, ...]
     values_are_keys: frozenset[int] = frozenset()  # layers without a v projection: a delta of k or v would reach both
 
 
 def read_base(path: str | Path) -> BaseModel:
-    """Reads the headers of a base GGUF; refuses architectures that the runtime has no memory for, and missing parts."""
+    """Reads the headers of a base GGUF, all its files. Raises LlamamemError for what is no language model's."""
     index = read_gguf_index(path)
-    for fault in base_faults(index):
-        raise fault
     tensors = [info for part in base_indexes(index) for info in part.tensors]
     arch = str(index.get("general.architecture"))
+    if index.get(f"{arch}.embedding_length") is None:
+        text = f"architecture is {quoted(arch)}, and no key says how wide its layers are; give a language model"
+        raise LlamamemError(f"{index.path}: {text}")
     hidden = _number(index, f"{arch}.embedding_length")
-    n_layers = _number(index, f"{arch}.block_count")
-    pattern = index.get(f"{arch}.attention.sliding_window_pattern")
-    if not isinstance(pattern, list) or len(pattern) != n_layers:
-        raise LlamamemError(f"{path}: key '{arch}.attention.sliding_window_pattern' is not a list of {n_layers} values")
+    sliding = _sliding(index, arch, _number(index, f"{arch}.block_count"))
     shapes = {info.name: info.shape for info in tensors}
-    layers = tuple(_layer(index, arch, shapes, i, bool(sliding), hidden) for i, sliding in enumerate(pattern))
+    make = _gemma4_layer if arch == "gemma4" else _layer
+    layers = tuple(make(index, arch, shapes, i, is_sliding, hidden) for i, is_sliding in enumerate(sliding))
     without = frozenset(
-        layer.layer for layer in layers if layer.v_out is not None and f"blk.{layer.layer}.attn_v.weight" not in shapes
+        layer.layer
+        for layer in layers
+        if layer.v_out is not None and not {f"blk.{layer.layer}.attn_{x}.weight" for x in ("v", "qkv")} & shapes.keys()
     )
-    return BaseModel(Path(path), str(index.get("general.name", "")), hidden, layers, without)
-
-
-def base_faults(index: GgufIndex) -> Iterator[LlamamemError]:
-    """What makes a file no base for any memory."""
-    arch = index.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        yield LlamamemError(
-            f"{index.path}: architecture is {quoted(str(arch))}; a memory is supported on {', '.join(ARCHITECTURES)}",
-            reason="base-architecture",
-        )
-    try:
-        base_files(index)
-    except LlamamemError as fault:
-        yield fault
+    name, head_dim = str(index.get("general.name", "")), _head_dim(index, arch, hidden)
+    return BaseModel(Path(path), arch, name, hidden, head_dim, layers, without)
 
 
 def base_files(index: GgufIndex) -> list[Path]:
@@ -147,10 +144,45 @@ def _split_fault(index: GgufIndex, text: str) -> LlamamemError:
     return LlamamemError(f"{index.path}: {text}", reason="base-split")
 
 
+def _sliding(index: GgufIndex, arch: str, n_layers: int) -> list[bool]:
+    """Which layers see a window alone: a list in the file, or every n-th layer does not."""
+    key = f"{arch}.attention.sliding_window_pattern"
+    default = 6 if arch == "gemma3" and index.get(f"{arch}.attention.sliding_window") else [False] * n_layers
+    pattern = index.get(key, None if arch == "gemma4" else default)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+        return [i % pattern < pattern - 1 for i in range(n_layers)]
+    if not isinstance(pattern, list) or len(pattern) != n_layers:
+        raise LlamamemError(f"{index.path}: key '{key}' is not a list of {n_layers} values")
+    return [bool(sliding) for sliding in pattern]
+
+
+def _head_dim(index: GgufIndex, arch: str, hidden: int) -> int:
+    heads = max(1, _number(index, f"{arch}.attention.head_count", low=0, default=1))
+    return _number(index, f"{arch}.attention.key_length", default=max(1, hidden // heads))
+
+
 def _layer(
     index: GgufIndex, arch: str, shapes: dict[str, tuple[int, ...]], i: int, sliding: bool, hidden: int
 ) -> AttentionLayer:
-    """The widths are those of the tensors, and must be what the keys say."""
+    """The widths that the keys say, held against the tensors; 0 in a layer that has no such attention."""
+    heads = _number(index, f"{arch}.attention.head_count", i, low=0)
+    heads_kv = _number(index, f"{arch}.attention.head_count_kv", i, low=0, default=heads)
+    key = _head_dim(index, arch, hidden)
+    value = _number(index, f"{arch}.attention.value_length", default=key)
+    q, k, v = heads * key, heads_kv * key, heads_kv * value
+    weights = {"attn_q": (q, hidden), "attn_k": (k, hidden), "attn_v": (v, hidden)}
+    if f"blk.{i}.attn_qkv.weight" in shapes:
+        weights = {"attn_qkv": (q + k + v, hidden)}
+    elif f"blk.{i}.attn_q.weight" not in shapes:
+        return AttentionLayer(i, SLIDING if sliding else FULL, 0, None, None, 0)
+    _check_shapes(index, shapes, i, weights | {"attn_output": (hidden, heads * value)}, optional=())
+    return AttentionLayer(i, SLIDING if sliding else FULL, q, k, v, hidden)
+
+
+def _gemma4_layer(
+    index: GgufIndex, arch: str, shapes: dict[str, tuple[int, ...]], i: int, sliding: bool, hidden: int
+) -> AttentionLayer:
+    """As above, where heads have other widths in sliding layers, and the last layers share keys and values."""
     swa = "_swa" if sliding else ""
     heads = _number(index, f"{arch}.attention.head_count", i)
     heads_kv = _number(index, f"{arch}.attention.head_count_kv", i)
@@ -158,21 +190,14 @@ def _layer(
     value = _number(index, f"{arch}.attention.value_length{swa}")
     n_shared = _number(index, f"{arch}.attention.shared_kv_layers", low=0, default=0)
     shared = i >= _number(index, f"{arch}.block_count") - n_shared
-    said: dict[str, tuple[int, ...]] = {
+    weights = {
         "attn_q": (heads * key, hidden),
         "attn_k": (heads_kv * key, hidden),
         "attn_v": (heads_kv * value, hidden),
         "attn_output": (hidden, heads * value),
     }
-    for tensor, shape in said.items():
-        found = shapes.get(f"blk.{i}.{tensor}.weight")
-        # large models of the family have no v projection (v is k), and layers that share have neither
-        optional = tensor == "attn_v" or (shared and tensor == "attn_k")
-        if found != shape and not (found is None and optional):
-            raise LlamamemError(
-                f"{index.path}: tensor 'blk.{i}.{tensor}.weight' has shape {found and list(found)}, its keys say "
-                f"{list(shape)}"
-            )
+    # large models of the family have no v projection (v is k), and layers that share have neither
+    _check_shapes(index, shapes, i, weights, optional=("attn_v", "attn_k") if shared else ("attn_v",))
     return AttentionLayer(
         layer=i,
         attention_kind=SLIDING if sliding else FULL,
@@ -181,6 +206,22 @@ def _layer(
         v_out=None if shared else heads_kv * value,
         o_out=hidden,
     )
+
+
+def _check_shapes(
+    index: GgufIndex,
+    shapes: Mapping[str, tuple[int, ...]],
+    i: int,
+    wanted: Mapping[str, tuple[int, ...]],
+    optional: tuple[str, ...],
+) -> None:
+    for tensor, shape in wanted.items():
+        found = shapes.get(f"blk.{i}.{tensor}.weight")
+        if found != shape and not (found is None and tensor in optional):
+            raise LlamamemError(
+                f"{index.path}: tensor 'blk.{i}.{tensor}.weight' has shape {found and list(found)}, its keys say "
+                f"{list(shape)}"
+            )
 
 
 def _number(index: GgufIndex, key: str, i: int = 0, low: int = 1, default: int | None = None) -> int:

@@ -54,10 +54,12 @@ REASONS = {
     "tensor-shape": "a tensor has another shape",
     "tensor-hash": "a tensor's bytes are not those that were exported",
     "tensor-nonfinite": "a tensor holds a NaN or an infinity",
+    "tensor-inactive": "a tensor of a delta head that is not active is not zero",
     "tensor-unknown": "a tensor has no place in the memory, so it may change the maths",
-    "base-architecture": "the base is of an architecture that a memory is not supported on",
+    "base-architecture": "the base is of another architecture than the sidecar was made for",
     "base-split": "the base is split into several files, and not all of them are there",
     "base-shape": "the base has other layers or widths than the sidecar was made for",
+    "base-rows": "the base has its rows of q and k in another order than the sidecar's deltas",
     "base-heads": "the base has no projection of its own for a delta of k or v",
     "base-hash": "the base is not the file that the sidecar was made for",
 }

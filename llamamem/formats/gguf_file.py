@@ -108,8 +108,8 @@ def read_gguf_index(path: str | Path) -> GgufIndex:
         raise LlamamemError(f"{path}: cannot be read ({e.strerror}); give a readable .gguf file") from None
 
 
-def read_gguf(path: str | Path, architecture: str) -> tuple[dict[str, GgufField], dict[str, GgufTensor]]:
-    """Keys and tensors, in file order, of a whole file of one architecture that follows docs/sidecar.md, stage 1.
+def read_gguf(path: str | Path, architectures: Sequence[str]) -> tuple[dict[str, GgufField], dict[str, GgufTensor]]:
+    """Keys and tensors, in file order, of a whole file that follows docs/sidecar.md, stage 1.
 
     Raises LlamamemError with the reason, and with a text that does not name the file.
     """
@@ -117,13 +117,13 @@ def read_gguf(path: str | Path, architecture: str) -> tuple[dict[str, GgufField]
     at = _Cursor(io.BytesIO(data), len(data))
     n_tensors, n_fields = _read_counts(at)
     fields = _read_fields(at, n_fields, strict=True)
-    found = fields.get("general.architecture")
+    found, known = fields.get("general.architecture"), " or ".join(f"'{name}'" for name in architectures)
     if found is None or found.type != GGUFValueType.STRING:
-        raise _refused("not-a-sidecar", f"key 'general.architecture' is missing or no string, must be '{architecture}'")
-    if found.value != architecture:
+        raise _refused("not-a-sidecar", f"key 'general.architecture' is missing or no string, must be {known}")
+    if found.value not in architectures:
         raise _refused(
             "not-a-sidecar",
-            f"key 'general.architecture' is {quoted(found.value)}, must be '{architecture}'; is it the base model?",
+            f"key 'general.architecture' is {quoted(found.value)}, must be {known}; is it the base model?",
         )
     alignment = fields.get("general.alignment")
     if alignment not in (None, GgufField(GGUFValueType.UINT32, ALIGNMENT)):

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import read_gguf_index, replacing
-from llamamem.formats.sidecar import ARCHITECTURE
+from llamamem.formats.sidecar import ARCHITECTURES
 
 
 def check_target(path: Path, flag: str, inputs: Iterable[Path], is_kind: Callable[[Path], bool], kind: str) -> None:
@@ -51,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _is_sidecar(path: Path) -> bool:
     try:
-        return bool(read_gguf_index(path).get("general.architecture") == ARCHITECTURE)
+        return bool(read_gguf_index(path).get("general.architecture") in ARCHITECTURES)
     except LlamamemError:
         return False
 

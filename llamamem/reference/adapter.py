@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.checkpoint import Checkpoint, read_checkpoint
+from llamamem.formats.checkpoint import read_checkpoint
+from llamamem.formats.checkpoint.writer import checkpoint_tensors
+from llamamem.formats.gguf_file import GgufTensor
 from llamamem.formats.sidecar import HEADS, Sidecar, read_sidecar, short_name, values
 from llamamem.formats.sidecar import config as cfg
+from llamamem.formats.sidecar.layout import DELTA_RULE, RWKV_MS, SOURCE_PREFIX, source_prefix
 from llamamem.formats.state import Identity, identity_of
 from llamamem.reference import torch_delta, torch_memory
 from llamamem.reference.delta_oracle import DeltaShape
@@ -21,37 +23,13 @@ from llamamem.reference.oracle import MemoryShape
 from llamamem.reference.torch_delta import DeltaMemory
 from llamamem.reference.torch_memory import Memory
 
-RWKV_MS, DELTA_RULE = KINDS = ("rwkv_ms", "delta_rule")
-
-# what stands before the number of a layer: of Gemma 4's text model inside of its multimodal one, and of all others
-NESTED, PLAIN = "model.language_model.layers.", "model.layers."
-
 Layer = Memory | DeltaMemory
 Shape = MemoryShape | DeltaShape
 
 _MODES = {"memory_backend": RWKV_MS, "memory_readout_mode": "delta", "rwkv_ms_boundary_mode": "fixed_chunk"}
 _SEMANTICS = "rwkv_ms_semantics_version"
-_SOURCE = re.compile(r"(model\.(?:language_model\.)?layers\.)(0|[1-9][0-9]{0,4})\.self_attn\.(.+)")
 
-# what an absent key of a delta-rule config means
-_DELTA_DEFAULTS: dict[str, Any] = {
-    "rank": 8,
-    "alpha": 16.0,
-    "num_state_heads": 1,
-    "state_update_mode": "standard",
-    "couple_lambda": True,
-    "normalize_qk": True,
-    "target_layers": [],
-    "delta_heads": list(HEADS),
-    "delta_o_rmsnorm": False,
-    "delta_o_rmsnorm_eps": 1e-6,
-    "trainable_delta_scale": False,
-    "delta_scale_max": 2.0,
-    "delta_scale_granularity": "layer",
-    "memory_write_granularity": "token",
-    "memory_write_source": "learned_hidden",
-    "memory_readout_mode": "delta",
-}
+Weights = dict[int, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -62,11 +40,11 @@ class Adapter:
     shape: Shape
     config: dict[str, Any]
     identity: Identity | None = None
-    prefix: str = NESTED  # of its tensors' names in a checkpoint
+    prefix: str = SOURCE_PREFIX  # of its tensors' names in a checkpoint, before the number of a layer
 
     @property
     def kind(self) -> str:
-        """One of KINDS."""
+        """rwkv_ms or delta_rule."""
         return DELTA_RULE if isinstance(self.shape, DeltaShape) else RWKV_MS
 
 
@@ -80,36 +58,19 @@ def read_adapter(path: str | Path, config: str | None = None) -> Adapter:
             raise LlamamemError(f"{path}: a sidecar has its config in it; only a checkpoint directory takes another")
         return adapter_of(read_sidecar(path))
     source = read_checkpoint(path, config)
-    named, prefix = _by_layer(source)
+    prefix, named = _by_layer(source.tensors.values(), str(source.adapter))
     hidden = next((w["mem_v"].shape[-1] for w in named.values() if "mem_v" in w), 0)
     shape, heads, targets = rules(source.config, hidden, str(source.config_path))
-    try:
-        layers = {layer: _module(named.get(layer, {}), shape, heads) for layer in targets or sorted(named)}
-    except (KeyError, RuntimeError, AttributeError) as e:
-        raise LlamamemError(
-            f"{source.adapter}: a tensor is missing, or of another shape than the config says: {e}"
-        ) from e
+    layers = _layers(named, targets, shape, heads, str(source.adapter))
     return Adapter(layers, shape, source.config, prefix=prefix)
 
 
 def adapter_of(sidecar: Sidecar) -> Adapter:
     """The layers of a sidecar that was read before. Hashes its file."""
-    shape = MemoryShape(
-        hidden=sidecar.hidden,
-        rank=sidecar.rank,
-        heads=sidecar.heads,
-        states=sidecar.states,
-        chunk=sidecar.chunk,
-        semantics=sidecar.semantics,
-        alpha=sidecar.alpha,
-        erase_gate=sidecar.erase_gate,
-        update_mode=sidecar.update_mode,
-        couple_lambda=sidecar.couple_lambda,
-    )
-    layers = {
-        layer.layer: _module(sidecar.weights(layer.layer), shape, sidecar.delta_heads) for layer in sidecar.layers
-    }
-    return Adapter(layers, shape, sidecar.config, identity_of(sidecar))
+    prefix, named = _by_layer(checkpoint_tensors(sidecar).values(), str(sidecar.path))
+    shape, heads, _ = rules(sidecar.config, sidecar.hidden, str(sidecar.path))
+    layers = _layers(named, [layer.layer for layer in sidecar.layers], shape, heads, str(sidecar.path))
+    return Adapter(layers, shape, sidecar.config, identity_of(sidecar), prefix)
 
 
 def rules(config: Mapping[str, Any], hidden: int, where: str) -> tuple[Shape, tuple[str, ...], list[int]]:
@@ -117,9 +78,11 @@ def rules(config: Mapping[str, Any], hidden: int, where: str) -> tuple[Shape, tu
 
     Raises LlamamemError for what is not implemented.
     """
-    if config.get("memory_backend", DELTA_RULE) == DELTA_RULE:
-        return _delta_rules({**_DELTA_DEFAULTS, **config}, hidden, where)
-    cfg.check_config(where, config)
+    kind = cfg.kind_of(config)
+    cfg.check_config(where, config, kind or RWKV_MS)
+    config = cfg.with_defaults(config, kind or RWKV_MS)
+    if kind == DELTA_RULE:
+        return _delta_rules(config, hidden, where)
     for key, mode in _MODES.items():
         cfg.choice(where, config, key, (mode,))
     heads, targets = _heads_and_targets(config, where)
@@ -141,8 +104,6 @@ def rules(config: Mapping[str, Any], hidden: int, where: str) -> tuple[Shape, tu
 
 
 def _delta_rules(config: Mapping[str, Any], hidden: int, where: str) -> tuple[Shape, tuple[str, ...], list[int]]:
-    for key in ("memory_write_granularity", "memory_write_source", "memory_readout_mode"):
-        cfg.choice(where, config, key, (_DELTA_DEFAULTS[key],))
     shape = DeltaShape(
         hidden=hidden,
         rank=cfg.integer(where, config, "rank", 1, 256),
@@ -166,21 +127,32 @@ def _heads_and_targets(config: Mapping[str, Any], where: str) -> tuple[tuple[str
     return tuple(heads), targets
 
 
+def _layers(
+    named: Weights, targets: Iterable[int], shape: Shape, heads: tuple[str, ...], where: str
+) -> dict[int, Layer]:
+    """The modules of the target layers; of all that have tensors where none is named."""
+    try:
+        return {layer: _module(named.get(layer, {}), shape, heads) for layer in targets or sorted(named)}
+    except (KeyError, RuntimeError, AttributeError) as e:
+        raise LlamamemError(f"{where}: a tensor is missing, or of another shape than the config says: {e}") from e
+
+
 def _module(weights: Mapping[str, np.ndarray], shape: Shape, heads: tuple[str, ...]) -> Layer:
     if isinstance(shape, DeltaShape):
         return torch_delta.from_weights(weights, shape, heads)
     return torch_memory.from_weights(weights, shape, heads)
 
 
-def _by_layer(source: Checkpoint) -> tuple[dict[int, dict[str, np.ndarray]], str]:
-    """The tensors of each layer by their names in a sidecar, and what all their names begin with."""
-    found: dict[int, dict[str, np.ndarray]] = {}
-    prefix = NESTED
-    for name, tensor in source.tensors.items():
-        match = _SOURCE.fullmatch(name)
-        if match is None:
-            raise LlamamemError(f"{source.adapter}: tensor '{name}' is of no layer's self_attn")
-        prefix, layer, tail = match.groups()
-        short = torch_delta.SHORT.get(tail) or short_name(f"{NESTED}{layer}.self_attn.{tail}").split(".", 2)[-1]
+def _by_layer(tensors: Iterable[GgufTensor], where: str) -> tuple[str, Weights]:
+    """What all names begin with, and the tensors of each layer by their names in a sidecar."""
+    tensors = list(tensors)
+    prefix = source_prefix(tensor.name for tensor in tensors)
+    if prefix is None:
+        raise LlamamemError(f"{where}: no tensor is named as one of a layer's self_attn")
+    found: Weights = {}
+    for tensor in tensors:
+        blk, layer, short = [*short_name(tensor.name, True, prefix).split(".", 2), ""][:3]
+        if blk != "blk":
+            raise LlamamemError(f"{where}: tensor '{tensor.name}' is of no layer's self_attn")
         found.setdefault(int(layer), {})[short] = values(tensor)
-    return found, prefix
+    return prefix, found

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llamamem.formats.sidecar import short_name
+from llamamem.formats.sidecar.layout import SOURCE_PREFIX
 from llamamem.reference.delta_oracle import DeltaShape
 from llamamem.reference.oracle import HEADS, LIVE, PADDING, LayerTrace
 from llamamem.reference.recurrence import recurrence
@@ -21,15 +23,6 @@ from llamamem.reference.torch_memory import MemoryState, Trace
 __all__ = ["DeltaMemory", "eval_layer", "from_weights"]
 
 _EPS = 1e-6  # of the norm of q and k
-
-# tensors by the tail of their names in a checkpoint, which the parameters have too: their names in a sidecar
-SHORT = {
-    **{f"memory_{x}_proj": f"mem_{x}" for x in "qkv"},
-    **{f"{gate}_{part}": gate + end for gate in ("beta", "lambda") for part, end in (("proj", ""), ("bias", "_b"))},
-    **{f"delta_{head}_proj": f"delta_{head}" for head in HEADS},
-    "delta_scale_raw": "delta_scale",
-    "delta_o_rmsnorm_weight": "delta_o_norm",
-}
 
 
 class DeltaMemory(nn.Module):
@@ -153,7 +146,7 @@ def from_weights(
         o_rmsnorm="delta_o_norm" in weights,
     )
     for name, parameter in memory.named_parameters():
-        short = SHORT[name]
+        short = short_name(f"{SOURCE_PREFIX}0.self_attn.{name}", True).removeprefix("blk.0.")
         given = torch.from_numpy(np.array(weights[short], np.float32))
         if given.shape != parameter.shape:
             raise KeyError(f"{short} is {list(given.shape)}, must be {list(parameter.shape)}")

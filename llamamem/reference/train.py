@@ -115,18 +115,10 @@ class Trainer:
         self._begin(len(batch), rng)
         pending: list[Tensor] = []
         loss, right, segments = 0.0, [], 0
-        for ids, mask, targets, weights, answers in _segments(batch, self.plan.segment):
-            wanted = weights > 0
-            places = wanted.any(dim=0).nonzero().flatten()
-            with self.handle.masked(mask):
-                # logits where there is something to learn; where there is nothing, the layers above are not run
-                keep = places if len(places) else 1
-                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-            if len(places):
-                said = logits[wanted[:, places]]
-                losses = F.cross_entropy(said.float(), targets[wanted], reduction="none") * weights[wanted]
+        for losses, _, answered in self._read(batch):
+            if losses is not None:
                 pending.append(losses.sum() / total)
-                right += (said.argmax(-1) == targets[wanted])[answers[wanted]].tolist()
+                right += answered
             segments += 1
             if self.plan.bptt and segments % self.plan.bptt == 0:
                 loss += _flush(pending)
@@ -134,6 +126,34 @@ class Trainer:
         loss += _flush(pending)
         self.handle.reset()
         return loss, right
+
+    @torch.no_grad()
+    def evaluate(self, batch: Sequence[Example]) -> tuple[list[float], list[bool]]:
+        """Of each answer that only the memory can know its cross entropy, and whether it was right."""
+        self.handle.reset()
+        found, right = [], []
+        for _, answers, answered in self._read(batch):
+            found += answers
+            right += answered
+        self.handle.reset()
+        return found, right
+
+    def _read(self, batch: Sequence[Example]) -> Iterator[tuple[Tensor | None, list[float], list[bool]]]:
+        """Of each segment the weighted losses (None: nothing to learn), those of the answers, and which are right."""
+        for ids, mask, targets, weights, answers in _segments(batch, self.plan.segment):
+            wanted = weights > 0
+            places = wanted.any(dim=0).nonzero().flatten()
+            with self.handle.masked(mask):
+                # logits where there is something to learn; where there is nothing, the layers above are not run
+                keep = places if len(places) else 1
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+            if not len(places):
+                yield None, [], []
+                continue
+            said, asked = logits[wanted[:, places]], answers[wanted]
+            losses = F.cross_entropy(said.float(), targets[wanted], reduction="none")
+            right = (said.argmax(-1) == targets[wanted])[asked].tolist()
+            yield losses * weights[wanted], losses.detach()[asked].tolist(), right
 
     def _begin(self, batch: int, rng: random.Random) -> None:
         shape = self.handle.adapter.shape

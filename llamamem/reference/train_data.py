@@ -72,10 +72,17 @@ class RecallTask:
         replies = rng.random() < _REPLIES
         return [self._example(rng, stage, replies) for _ in range(stage.batch)]
 
+    def hard(self, rng: random.Random, stage: Stage, n: int) -> list[Example]:
+        """Examples to judge by: each as hard as the stage."""
+        return [self._told(rng, stage.facts, stage.gap, replies=False) for _ in range(n)]
+
     def _example(self, rng: random.Random, stage: Stage, replies: bool) -> Example:
         hard = rng.random() < 0.75
         n_facts = stage.facts if hard else rng.randint(1, stage.facts)
         gap = stage.gap if hard else rng.randint(0, stage.gap)
+        return self._told(rng, n_facts, gap, replies)
+
+    def _told(self, rng: random.Random, n_facts: int, gap: int, replies: bool) -> Example:
         told = language.episode(rng, n_facts, gap, aside=0.1)
         asked = rng.sample(list(told.facts), min(_ASKED, n_facts))
         questions = language.turns(

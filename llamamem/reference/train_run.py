@@ -11,10 +11,12 @@ import torch
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.gguf_file import replacing
+from llamamem.formats.sidecar.layout import RWKV_MS
 from llamamem.reference.adapter import Adapter, read_adapter
 from llamamem.reference.attach import attach
 from llamamem.reference.base import load_base
 from llamamem.reference.chat_tokens import ChatTokens
+from llamamem.reference.starts import RECALL
 from llamamem.reference.train import STATE, Plan, Progress, Trainer
 from llamamem.reference.train_data import CURRICULUM, RecallTask, Stage, read_examples
 from llamamem.reference.train_smoke import Check, train_smoke
@@ -34,8 +36,12 @@ class Request:
     weight_decay: float = 0.2
     segment: int = 256
     bptt: int = 0
+    memory: str = RWKV_MS  # one of sidecar.layout.MEMORY_KINDS
+    start: str = RECALL  # one of starts.STARTS
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     rank: int = 8
+    heads: int = 1
+    lora: int = 32
     states: int = 4
     chunk: int = 1024
     semantics: int = 1
@@ -53,7 +59,7 @@ def run(request: Request, show: Callable[[Progress, int], None] = lambda progres
     assert output is not None
     if not request.resume and output.exists() and any(output.iterdir()):
         raise LlamamemError(f"{output}: is not empty; give another --output, or --resume")
-    trainer = _trainer(request, output if request.resume else request.init)
+    trainer = trainer_of(request, output if request.resume else request.init)
     if request.resume:
         trainer.load_state(output / STATE)
     metadata = {"base_model": request.base.name, "trained_with": "llamamem train", "seed": request.seed}
@@ -75,16 +81,21 @@ def run(request: Request, show: Callable[[Progress, int], None] = lambda progres
 
 def smoke(request: Request) -> list[Check]:
     """Two steps that must really train something. Nothing is written."""
-    return train_smoke(_trainer(request, request.init))
+    return train_smoke(trainer_of(request, request.init))
 
 
-def _trainer(request: Request, start: Path | None) -> Trainer:
+def trainer_of(request: Request, start: Path | None = None) -> Trainer:
+    """A trainer at its first step, of a new adapter, or of that in the directory `start`."""
     torch.set_num_threads(request.threads)
     chat = ChatTokens.read(request.base)
     model = load_base(request.base).model
     spec = AdapterSpec(
+        memory=request.memory,
+        start=request.start,
         layers=request.layers,
         rank=request.rank,
+        heads=request.heads,
+        lora=request.lora,
         states=request.states,
         chunk=request.chunk,
         semantics=request.semantics,

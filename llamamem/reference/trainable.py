@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,23 @@ from torch import nn
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint.writer import write_checkpoint
 from llamamem.formats.gguf_file import GgufTensor
+from llamamem.formats.sidecar.layout import DELTA_RULE, RWKV_MS, SOURCE_PREFIX
 from llamamem.reference import starts
-from llamamem.reference.adapter import DELTA_RULE, KINDS, NESTED, PLAIN, RWKV_MS, Adapter, Layer, Shape, rules
+from llamamem.reference.adapter import Adapter, Layer, Shape, rules
 from llamamem.reference.attach import attention_layers, projection_widths
 from llamamem.reference.delta_oracle import DeltaShape
 from llamamem.reference.starts import start_memory
 from llamamem.reference.torch_delta import DeltaMemory
 from llamamem.reference.torch_memory import Memory
 
-__all__ = ["KINDS", "AdapterSpec", "new_adapter", "save_adapter", "start_memory", "trained_values"]
+__all__ = ["AdapterSpec", "new_adapter", "save_adapter", "start_memory", "trained_values"]
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """What a new adapter is to be; the defaults are those of the published RWKV-MS. No layers: all of them."""
 
-    memory: str = RWKV_MS  # one of KINDS
+    memory: str = RWKV_MS  # one of sidecar.layout.MEMORY_KINDS
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     rank: int = 8
     heads: int = 1  # state heads
@@ -74,11 +75,12 @@ def new_adapter(spec: AdapterSpec, model: nn.Module, seed: int) -> Adapter:
     attention = attention_layers(model)
     if wrong := [layer for layer in spec.layers if layer not in attention]:
         raise LlamamemError(f"target layer {wrong[0]} is not one of the base's {len(attention)}; give other --layers")
+    spec = replace(spec, layers=spec.layers or tuple(attention))
     hidden = int(attention[0].q_proj.in_features)
     shape, heads, _ = rules(spec.config(), hidden, "the new adapter")
     generator = torch.Generator().manual_seed(seed)
     layers: dict[int, Layer] = {}
-    for layer in spec.layers or attention:
+    for layer in spec.layers:
         widths = projection_widths(attention[layer])
         if missing := [head for head in heads if head not in widths]:
             raise LlamamemError(f"layer {layer} of the base has no {missing[0]} projection of its own")
@@ -92,7 +94,7 @@ def new_adapter(spec: AdapterSpec, model: nn.Module, seed: int) -> Adapter:
             starts.start_delta(memory, generator)
         layers[layer] = memory
     nested = type(attention[0]).__name__.startswith("Gemma4")
-    return Adapter(layers, shape, spec.config(), prefix=NESTED if nested else PLAIN)
+    return Adapter(layers, shape, spec.config(), prefix=SOURCE_PREFIX if nested else "model.layers.")
 
 
 def _new_layer(spec: AdapterSpec, shape: Shape, widths: Mapping[str, int], heads: tuple[str, ...]) -> Layer:

@@ -21,11 +21,11 @@ import psutil
 from gguf.constants import GGML_QUANT_SIZES
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import base_faults, base_files, base_indexes, read_base
+from llamamem.formats.base import base_files, base_indexes
 from llamamem.formats.gguf_file import GgufIndex, read_gguf_index
 from llamamem.formats.private import private_directory
 from llamamem.formats.sidecar import Sidecar, read_sidecar
-from llamamem.formats.sidecar.base import hash_fault, model_faults
+from llamamem.formats.sidecar.base import base_faults, hash_fault, needs_of
 from llamamem.native import vendor
 from llamamem.native.build import ask_identity
 from llamamem.native.cpu import check_cpu
@@ -136,10 +136,7 @@ def check_whole(index: GgufIndex) -> None:
 
 def check_base(index: GgufIndex, sidecar: Sidecar) -> None:
     """Stage 4 of docs/sidecar.md but the hash: only headers are read."""
-    for fault in base_faults(index):
-        raise fault
-    model = read_base(index.path)
-    for fault in model_faults(model, sidecar.hidden, sidecar.layers, sidecar.delta_heads):
+    for fault in base_faults(index, needs_of(sidecar)):
         raise fault
 
 

@@ -1,5 +1,7 @@
 #include "llama-adapter-mem-config.h"
 
+#include "llama-adapter-mem-sidecar.h"
+
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -69,10 +71,10 @@ struct adapter_mem_json_members : nlohmann::json_sax<json> {
 
 json llama_adapter_mem_json_parse(const char * key, std::string_view text, json::value_t type) {
     if (text.size() > ADAPTER_MEM_JSON_MAX_SIZE) {
-        llama_adapter_mem_fail("json-size", "key 'delta_mem.%s' has %zu bytes of JSON, at most %zu are read", key, text.size(), ADAPTER_MEM_JSON_MAX_SIZE);
+        llama_adapter_mem_fail("json-size", "key '%s' has %zu bytes of JSON, at most %zu are read", key, text.size(), ADAPTER_MEM_JSON_MAX_SIZE);
     }
     if (adapter_mem_json_depth(text) > ADAPTER_MEM_JSON_MAX_DEPTH) {
-        llama_adapter_mem_fail("json-depth", "key 'delta_mem.%s' has JSON that is nested deeper than %d levels", key, ADAPTER_MEM_JSON_MAX_DEPTH);
+        llama_adapter_mem_fail("json-depth", "key '%s' has JSON that is nested deeper than %d levels", key, ADAPTER_MEM_JSON_MAX_DEPTH);
     }
 
     // the parser passes over a byte order mark, and takes a NUL for the end
@@ -80,16 +82,16 @@ json llama_adapter_mem_json_parse(const char * key, std::string_view text, json:
 
     adapter_mem_json_members members;
     if (is_odd || !json::sax_parse(text, &members)) {
-        llama_adapter_mem_fail("json-invalid", "key 'delta_mem.%s' is not valid JSON", key);
+        llama_adapter_mem_fail("json-invalid", "key '%s' is not valid JSON", key);
     }
     if (members.is_twice) {
-        llama_adapter_mem_fail("json-duplicate", "key 'delta_mem.%s' has JSON with the member %s twice", key,
+        llama_adapter_mem_fail("json-duplicate", "key '%s' has JSON with the member %s twice", key,
                 llama_adapter_mem_quote(members.twice).c_str());
     }
 
     json res = json::parse(text);
     if (res.type() != type) {
-        llama_adapter_mem_fail("json-type", "key 'delta_mem.%s' must be a JSON %s", key, type == json::value_t::object ? "object" : "list");
+        llama_adapter_mem_fail("json-type", "key '%s' must be a JSON %s", key, type == json::value_t::object ? "object" : "list");
     }
     return res;
 }
@@ -178,6 +180,29 @@ static const std::set<std::string> adapter_mem_config_read = {
     "rwkv_ms_state_dtype",
 };
 
+// read of a delta rule, with what a member that is not there means; not one must be there
+static const json & adapter_mem_delta_defaults() {
+    static const json res = {
+        { "rank", 8 },
+        { "alpha", 16.0 },
+        { "num_state_heads", 1 },
+        { "couple_lambda", true },
+        { "state_update_mode", "standard" },
+        { "rankwise_gates", true },
+        { "target_layers", json::array() },
+        { "delta_heads", { "q", "k", "v", "o" } },
+        { "memory_backend", "delta_rule" },
+        { "memory_readout_mode", "delta" },
+        { "normalize_qk", true },
+        { "delta_o_rmsnorm", false },
+        { "delta_o_rmsnorm_eps", 1e-6 },
+        { "trainable_delta_scale", false },
+        { "delta_scale_max", 2.0 },
+        { "delta_scale_granularity", "layer" },
+    };
+    return res;
+}
+
 // can change the maths: only the implemented value, which is also the meaning of an absent key
 static const json & adapter_mem_config_fixed() {
     static const json res = {
@@ -223,6 +248,31 @@ static const json & adapter_mem_config_fixed() {
     return res;
 }
 
+// the same of a delta rule, where some of those are read, and more could be on
+static const json & adapter_mem_delta_fixed() {
+    static const json res = [] {
+        json res = adapter_mem_config_fixed();
+        for (const auto & item : adapter_mem_delta_defaults().items()) {
+            res.erase(item.key());
+        }
+        res.erase("delta_scale_init");
+        res.update({
+                { "global_memory_mode", "shared_rw" },
+                { "global_memory_merge_mode", "gated_residual" },
+                { "global_memory_read_logit_bias", 0.0 },
+                { "memory_reader_hidden_size", 1024 },
+                { "memory_reader_residual_scale", 0.1 },
+                { "memory_reader_read_only", true },
+                { "memory_write_proposals_per_message", 2 },
+                { "latent_memory_hidden_size", 1024 },
+                { "latent_memory_residual_scale", 0.1 },
+                { "latent_memory_slots", 4 },
+        });
+        return res;
+    }();
+    return res;
+}
+
 // cannot change the maths: values at the start of training, options of training, figures of the features that are off
 static const std::set<std::string> adapter_mem_config_inert_num = {
     "beta_bias_init",
@@ -265,9 +315,35 @@ static const std::set<std::string> adapter_mem_config_inert_bool = {
     "rwkv_ms_detach_read_scores",
 };
 
-void llama_adapter_mem_config_check(const json & config) {
-    const json & fixed = adapter_mem_config_fixed();
+// of a delta rule also what a file for both kinds has of the other one
+static const std::set<std::string> adapter_mem_delta_inert_num = {
+    "delta_scale_init",
+    "rwkv_ms_num_states",
+    "rwkv_ms_chunk_size",
+    "rwkv_ms_erase_gate",
+    "rwkv_ms_semantics_version",
+};
 
+static const std::set<std::string> adapter_mem_delta_inert_str = {
+    "rwkv_ms_boundary_mode",
+    "rwkv_ms_state_dtype",
+};
+
+static std::string adapter_mem_config_why(const std::string & key, const json & value) {
+    if (key == "memory_write_granularity" && (value == "message_mean" || value == "sentence_mean")) {
+        return "it writes once for a whole message or sentence, with the mean of its tokens, and a batch does not say which tokens those are: "
+               "use an adapter that writes token by token";
+    }
+    return "export a checkpoint without it";
+}
+
+void llama_adapter_mem_config_check(const json & config, llama_adapter_mem_kind kind) {
+    const bool   is_delta = kind == LLAMA_ADAPTER_MEM_KIND_DELTA_RULE;
+    const json & fixed    = is_delta ? adapter_mem_delta_fixed() : adapter_mem_config_fixed();
+
+    const auto is_read = [&](const std::string & key) {
+        return is_delta ? adapter_mem_delta_defaults().contains(key) : adapter_mem_config_read.count(key) > 0;
+    };
     for (const auto & item : config.items()) {
         const std::string & key   = item.key();
         const json &        value = item.value();
@@ -276,18 +352,30 @@ void llama_adapter_mem_config_check(const json & config) {
             const json & want = fixed.at(key);
             // 1.0 where 1 is wanted is another type, 1 where 1.0 is wanted is not
             if (value != want || (want.is_number_integer() && !value.is_number_integer())) {
-                llama_adapter_mem_fail("config-unsupported", "config_json: %s is %s, but only %s is implemented: export a checkpoint without it",
-                        key.c_str(), llama_adapter_mem_json_text(value).c_str(), llama_adapter_mem_json_text(want).c_str());
+                llama_adapter_mem_fail("config-unsupported", "config_json: %s is %s, but only %s is implemented: %s", key.c_str(),
+                        llama_adapter_mem_json_text(value).c_str(), llama_adapter_mem_json_text(want).c_str(), adapter_mem_config_why(key, value).c_str());
             }
-        } else if (adapter_mem_config_inert_num.count(key)) {
+        } else if (is_delta && is_read(key)) {
+            continue;
+        } else if (adapter_mem_config_inert_num.count(key) || (is_delta && adapter_mem_delta_inert_num.count(key))) {
             llama_adapter_mem_config_num(config, key.c_str());
-        } else if (adapter_mem_config_inert_str.count(key)) {
+        } else if (adapter_mem_config_inert_str.count(key) || (is_delta && adapter_mem_delta_inert_str.count(key))) {
             llama_adapter_mem_config_str(config, key.c_str());
         } else if (adapter_mem_config_inert_bool.count(key)) {
             llama_adapter_mem_config_bool(config, key.c_str());
-        } else if (!adapter_mem_config_read.count(key)) {
+        } else if (!is_read(key)) {
             llama_adapter_mem_fail("config-unknown", "config_json: unknown member %s: it may change the maths, so the sidecar needs a newer build",
                     llama_adapter_mem_quote(key).c_str());
+        }
+    }
+}
+
+void llama_adapter_mem_config_fill(json & config, llama_adapter_mem_kind kind) {
+    if (kind == LLAMA_ADAPTER_MEM_KIND_DELTA_RULE) {
+        for (const auto & item : adapter_mem_delta_defaults().items()) {
+            if (!config.contains(item.key())) {
+                config[item.key()] = item.value();
+            }
         }
     }
 }

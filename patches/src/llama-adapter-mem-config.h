@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-// the value of key 'delta_mem.{key}', an object or a list as asked for
+// the value of a key, an object or a list as asked for
 nlohmann::json llama_adapter_mem_json_parse(const char * key, std::string_view text, nlohmann::json::value_t type);
 
 // untrusted JSON for a message
@@ -28,9 +28,14 @@ double      llama_adapter_mem_config_num(const nlohmann::json & config, const ch
 bool        llama_adapter_mem_config_bool(const nlohmann::json & config, const char * key);
 std::string llama_adapter_mem_config_str(const nlohmann::json & config, const char * key);
 
-// Refuses every member of config_json that is not known, and every value that changes the maths and is not implemented.
-// Members that are parameters of the memory are left to the caller.
-void llama_adapter_mem_config_check(const nlohmann::json & config);
+enum llama_adapter_mem_kind : int;
+
+// Refuses every member of config_json that is not known of the kind of memory, and every value that changes the maths and is
+// not implemented. Members that are parameters of the memory are left to the caller.
+void llama_adapter_mem_config_check(const nlohmann::json & config, llama_adapter_mem_kind kind);
+
+// Puts in what absent members mean: of an RWKV-MS nothing, all that is read must be there.
+void llama_adapter_mem_config_fill(nlohmann::json & config, llama_adapter_mem_kind kind);
 
 struct llama_adapter_mem_sidecar;
 

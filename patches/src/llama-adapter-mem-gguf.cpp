@@ -12,7 +12,8 @@ static const size_t   ADAPTER_MEM_GGUF_MAX_NAME  = 63; // bytes
 static const uint32_t ADAPTER_MEM_GGUF_MAX_DIMS  = 4;
 static const uint64_t ADAPTER_MEM_GGUF_ALIGNMENT = 32;
 
-static const char * const ADAPTER_MEM_GGUF_ARCH = "rwkv_ms_memory";
+static const char * const ADAPTER_MEM_GGUF_ARCH   = "rwkv_ms_memory"; // versions 1 and 2 of the format
+static const char * const ADAPTER_MEM_GGUF_ARCH_3 = "memory_adapter";
 
 //
 // messages
@@ -175,11 +176,12 @@ static llama_adapter_mem_gguf::kv adapter_mem_gguf_read_kv(adapter_mem_cursor & 
 static void adapter_mem_gguf_check_general(const llama_adapter_mem_gguf & gguf) {
     const auto * arch = gguf.find("general.architecture");
     if (!arch || arch->type != GGUF_TYPE_STRING) {
-        llama_adapter_mem_fail("not-a-sidecar", "key 'general.architecture' is missing or not a string, must be '%s'", ADAPTER_MEM_GGUF_ARCH);
+        llama_adapter_mem_fail("not-a-sidecar", "key 'general.architecture' is missing or not a string, must be '%s' or '%s'",
+                ADAPTER_MEM_GGUF_ARCH, ADAPTER_MEM_GGUF_ARCH_3);
     }
-    if (arch->value != ADAPTER_MEM_GGUF_ARCH) {
-        llama_adapter_mem_fail("not-a-sidecar", "key 'general.architecture' is %s, must be '%s': is it a model instead of a sidecar?",
-                llama_adapter_mem_quote(arch->value).c_str(), ADAPTER_MEM_GGUF_ARCH);
+    if (arch->value != ADAPTER_MEM_GGUF_ARCH && arch->value != ADAPTER_MEM_GGUF_ARCH_3) {
+        llama_adapter_mem_fail("not-a-sidecar", "key 'general.architecture' is %s, must be '%s' or '%s': is it a model instead of a sidecar?",
+                llama_adapter_mem_quote(arch->value).c_str(), ADAPTER_MEM_GGUF_ARCH, ADAPTER_MEM_GGUF_ARCH_3);
     }
 
     if (const auto * alignment = gguf.find("general.alignment")) {

@@ -4,9 +4,10 @@
 #include "llama-model.h"
 #include "llama-adapter-mem-config.h"
 
+#include <algorithm>
 #include <stdexcept>
 
-static void adapter_mem_check_shape(const llama_adapter_mem_sidecar::layer & layer, const llama_model & model) {
+static void adapter_mem_check_shape(const llama_adapter_mem_sidecar & sidecar, const llama_adapter_mem_sidecar::layer & layer, const llama_model & model) {
     const auto & hparams = model.hparams;
 
     if ((uint32_t) layer.il >= hparams.n_layer()) {
@@ -15,7 +16,8 @@ static void adapter_mem_check_shape(const llama_adapter_mem_sidecar::layer & lay
 
     const uint32_t il = layer.il;
 
-    if (layer.is_swa != hparams.is_swa(il)) {
+    // what decides are the widths; in version 3 the kind is for people
+    if (sidecar.format < 3 && layer.is_swa != hparams.is_swa(il)) {
         llama_adapter_mem_fail("base-shape", "per_layer_attention_json: layer %u is %s attention, but the base has %s there", il,
                 layer.is_swa ? "sliding" : "full",
                 hparams.is_swa(il) ? "sliding" : "full");
@@ -54,17 +56,42 @@ static void adapter_mem_check_heads(const llama_adapter_mem_sidecar & sidecar, u
     }
 }
 
+// The rows of q and k of a base whose rope is over neighbours were permuted by its converter, and the deltas' have to be alike
+// [TAG_ADAPTER_MEM_ROWS]. Of other architectures with such a rope, some converters do and some do not: the exporter was told.
+static void adapter_mem_check_rows(const llama_adapter_mem_sidecar & sidecar, const llama_model & model) {
+    static const llm_arch permuted[] = { LLM_ARCH_LLAMA, LLM_ARCH_SMOLLM3, LLM_ARCH_GRANITE, LLM_ARCH_ARCEE };
+
+    const bool is_norm = std::find(std::begin(permuted), std::end(permuted), model.arch) != std::end(permuted);
+    const bool is_hf   = llama_model_rope_type(&model) == LLAMA_ROPE_TYPE_NEOX;
+    if (is_norm != (sidecar.rope_head_dim > 0) && (is_norm || is_hf)) {
+        llama_adapter_mem_fail("base-rows", "rows of q and k are in the order '%s' in %s, the sidecar says '%s': export it again", is_norm ? "norm" : "hf",
+                llm_arch_name(model.arch), is_norm ? "hf" : "norm");
+    }
+    for (const auto & layer : sidecar.layers) {
+        const uint32_t n_rows = model.hparams.n_embd_head_k(layer.il);
+        if (sidecar.rope_head_dim > 0 && sidecar.rope_head_dim != n_rows) {
+            llama_adapter_mem_fail("base-rows", "a head of q has %u rows, the sidecar's rows are permuted in heads of %u: export it again", n_rows,
+                    sidecar.rope_head_dim);
+        }
+    }
+}
+
 void llama_adapter_mem_sidecar_check_model(const llama_adapter_mem_sidecar & sidecar, const llama_model & model) {
     try {
-        if (model.arch != LLM_ARCH_GEMMA4) {
-            llama_adapter_mem_fail("base-architecture", "the base has architecture '%s', only 'gemma4' is supported", llm_arch_name(model.arch));
+        if (sidecar.base_arch != llm_arch_name(model.arch)) {
+            llama_adapter_mem_fail("base-architecture", "the base has architecture '%s', the sidecar is for '%s'", llm_arch_name(model.arch),
+                    sidecar.base_arch.c_str());
         }
         if ((int64_t) model.hparams.n_embd != sidecar.n_embd) {
             llama_adapter_mem_fail("base-shape", "the base has hidden size %u, the sidecar is for %lld", model.hparams.n_embd, (long long) sidecar.n_embd);
         }
         for (const auto & layer : sidecar.layers) {
-            adapter_mem_check_shape(layer, model);
+            adapter_mem_check_shape(sidecar, layer, model);
         }
+        if (sidecar.all_layers && sidecar.layers.size() != model.hparams.n_layer()) {
+            llama_adapter_mem_fail("base-shape", "the base has %u layers, the sidecar is for all of %zu", model.hparams.n_layer(), sidecar.layers.size());
+        }
+        adapter_mem_check_rows(sidecar, model);
         for (const auto & layer : sidecar.layers) {
             adapter_mem_check_heads(sidecar, layer.il, model);
         }

@@ -20,35 +20,25 @@ static std::string adapter_mem_shape_text(const adapter_mem_shape & shape) {
     return res + "]";
 }
 
-// some writers leave leading dimensions of 1 out
+// some writers of versions 1 and 2 leave leading dimensions of 1 out; where they are more, nothing is broadcast
 static adapter_mem_shape adapter_mem_shape_plain(const adapter_mem_shape & shape) {
     const auto one = [](int64_t n) { return n == 1; };
     return shape.empty() ? shape : adapter_mem_shape(std::find_if_not(shape.begin(), shape.end() - 1, one), shape.end());
 }
 
 struct adapter_mem_spec {
-    adapter_mem_shape shape;    // torch order, 0: not known, because the tensor that has it is missing
+    adapter_mem_shape shape;        // torch order, 0: not known, because the tensor that has it is missing
     bool              required;
-    bool              used;     // by the maths
+    bool              used;         // by the maths
+    bool              zero = false; // all values must be: of a delta head that is not active
 };
 
-// the tensors of one layer by short name
-static std::map<std::string, adapter_mem_spec> adapter_mem_layer_specs(const llama_adapter_mem_sidecar & sidecar, const llama_adapter_mem_sidecar::layer & layer) {
-    const int64_t H = sidecar.n_embd;
-    const int64_t D = sidecar.hparams.n_rank_total();
-    const int64_t G = sidecar.hparams.n_gate;
-    const int64_t L = sidecar.hparams.n_lora;
+// the core of an RWKV-MS
+static void adapter_mem_core_specs(const llama_adapter_mem_hparams & hparams, std::map<std::string, adapter_mem_spec> & res) {
+    const int64_t D = hparams.n_rank_total();
+    const int64_t L = hparams.n_lora;
 
-    std::map<std::string, adapter_mem_spec> res = {
-        { "mem_q", { { D, H }, false, false } }, // of other backends
-        { "mem_k", { { D, H }, false, false } },
-        { "mem_v", { { D, H }, true, true } },
-        { "beta", { { G, H }, true, true } },
-        { "beta_b", { { G }, true, true } },
-
-        { "rwkv.ln_x.bias", { { D }, true, false } }, // is not applied
-    };
-
+    res["rwkv.ln_x.bias"] = { { D }, true, false }; // is not applied
     for (const char * name : { "x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight" }) {
         res[std::string("rwkv.") + name] = { { D }, true, true };
     }
@@ -59,20 +49,50 @@ static std::map<std::string, adapter_mem_spec> adapter_mem_layer_specs(const lla
         res[std::string("rwkv.") + name + "1"] = { { D, L }, true, true };
         res[std::string("rwkv.") + name + "2"] = { { L, D }, true, true };
     }
-    if (!sidecar.hparams.couple_lambda) {
+}
+
+// the tensors of one layer by short name
+static std::map<std::string, adapter_mem_spec> adapter_mem_layer_specs(const llama_adapter_mem_sidecar & sidecar, const llama_adapter_mem_sidecar::layer & layer) {
+    const auto & hparams = sidecar.hparams;
+
+    const int64_t H = sidecar.n_embd;
+    const int64_t D = hparams.n_rank_total();
+    const int64_t G = hparams.n_gate;
+
+    const bool is_rwkv_ms = sidecar.kind == LLAMA_ADAPTER_MEM_KIND_RWKV_MS;
+
+    std::map<std::string, adapter_mem_spec> res = {
+        { "mem_q", { { D, H }, !is_rwkv_ms, !is_rwkv_ms } },
+        { "mem_k", { { D, H }, !is_rwkv_ms, !is_rwkv_ms } },
+        { "mem_v", { { D, H }, true, true } },
+        { "beta", { { G, H }, true, true } },
+        { "beta_b", { { G }, true, true } },
+    };
+    if (!hparams.couple_lambda) {
         res["lambda"]   = { { G, H }, true, true };
         res["lambda_b"] = { { G }, true, true };
     }
+    if (is_rwkv_ms) {
+        adapter_mem_core_specs(hparams, res);
+    }
+    if (hparams.n_scale > 0) {
+        res["delta_scale"] = { { hparams.n_scale }, true, true };
+    }
+    if (hparams.o_norm && layer.width[3] > 0) {
+        res["delta_o_norm"] = { { layer.width[3] }, sidecar.head[3], sidecar.head[3] };
+    }
     for (int h = 0; h < 4; ++h) {
         if (layer.width[h] > 0) {
-            res[std::string("delta_") + "qkvo"[h]] = { { layer.width[h], D }, sidecar.head[h], sidecar.head[h] };
+            const bool is_active = sidecar.head[h];
+
+            res[std::string("delta_") + "qkvo"[h]] = { { layer.width[h], D }, is_active, is_active, !is_active && !is_rwkv_ms };
         }
     }
     return res;
 }
 
-// the name in the checkpoint, spec: model.language_model.layers.{L}.self_attn.{tail}
-static std::string adapter_mem_source_name(int32_t il, const std::string & name) {
+// the name in the checkpoint, spec: {prefix}{L}.self_attn.{tail}
+static std::string adapter_mem_source_name(const std::string & prefix, int32_t il, const std::string & name) {
     static const std::map<std::string, std::string> tails = {
         { "mem_q", "memory_q_proj" },
         { "mem_k", "memory_k_proj" },
@@ -81,19 +101,24 @@ static std::string adapter_mem_source_name(int32_t il, const std::string & name)
         { "beta_b", "beta_bias" },
         { "lambda", "lambda_proj" },
         { "lambda_b", "lambda_bias" },
+        { "delta_scale", "delta_scale_raw" },
+        { "delta_o_norm", "delta_o_rmsnorm_weight" },
     };
 
-    const auto it = tails.find(name);
+    const auto        it   = tails.find(name);
+    const std::string tail = it != tails.end() ? it->second : name.rfind("rwkv.", 0) == 0 ? "hrm_rwkv7_core." + name.substr(5)
+                                                                                          : name + "_proj";
 
-    return "model.language_model.layers." + std::to_string(il) + ".self_attn." + (it != tails.end() ? it->second : name.rfind("rwkv.", 0) == 0 ? "hrm_rwkv7_core." + name.substr(5)
-                                                                                                                                               : name + "_proj");
+    return prefix + std::to_string(il) + ".self_attn." + tail;
 }
 
 struct adapter_mem_reader {
     std::map<std::string_view, const llama_adapter_mem_gguf::tensor *> tensors; // that no layer has taken yet
     std::map<std::string_view, const json *>                           manifest;
 
-    adapter_mem_reader(const llama_adapter_mem_gguf & gguf, const llama_adapter_mem_manifest & m);
+    const llama_adapter_mem_sidecar & sidecar;
+
+    adapter_mem_reader(const llama_adapter_mem_gguf & gguf, const llama_adapter_mem_manifest & m, const llama_adapter_mem_sidecar & sidecar);
 
     // columns of a matrix, before it is known what they must be; 0 if it is missing
     int64_t n_cols(const std::string & name) const {
@@ -105,7 +130,7 @@ struct adapter_mem_reader {
     llama_adapter_mem_tensor take(int32_t il, const std::string & name, const adapter_mem_spec & spec);
 };
 
-adapter_mem_reader::adapter_mem_reader(const llama_adapter_mem_gguf & gguf, const llama_adapter_mem_manifest & m) {
+adapter_mem_reader::adapter_mem_reader(const llama_adapter_mem_gguf & gguf, const llama_adapter_mem_manifest & m, const llama_adapter_mem_sidecar & sidecar) : sidecar(sidecar) {
     uint64_t n_numel = 0;
     uint64_t n_bytes = 0;
     for (const auto & tensor : gguf.tensors) {
@@ -125,7 +150,7 @@ adapter_mem_reader::adapter_mem_reader(const llama_adapter_mem_gguf & gguf, cons
     };
     for (const auto & count : counts) {
         if (count.in_key != count.in_file) {
-            llama_adapter_mem_fail("disagree", "key 'delta_mem.%s' is %llu, but the file has %llu", count.key,
+            llama_adapter_mem_fail("disagree", "key '%s.%s' is %llu, but the file has %llu", sidecar.format == 3 ? "memory_adapter" : "delta_mem", count.key,
                     (unsigned long long) count.in_key, (unsigned long long) count.in_file);
         }
     }
@@ -221,7 +246,8 @@ llama_adapter_mem_tensor adapter_mem_reader::take(int32_t il, const std::string 
     }
     const auto & tensor   = *it->second;
     const bool   is_known = std::find(spec.shape.begin(), spec.shape.end(), 0) == spec.shape.end();
-    if (is_known && adapter_mem_shape_plain(tensor.shape) != adapter_mem_shape_plain(spec.shape)) {
+    const bool   is_same  = sidecar.format == 3 ? tensor.shape == spec.shape : adapter_mem_shape_plain(tensor.shape) == adapter_mem_shape_plain(spec.shape);
+    if (is_known && !is_same) {
         llama_adapter_mem_fail("tensor-shape", "tensor '%s' has shape %s, must be %s", full.c_str(), adapter_mem_shape_text(tensor.shape).c_str(),
                 adapter_mem_shape_text(spec.shape).c_str());
     }
@@ -230,14 +256,20 @@ llama_adapter_mem_tensor adapter_mem_reader::take(int32_t il, const std::string 
     if (entry == manifest.end()) {
         llama_adapter_mem_fail("manifest", "tensor '%s' is missing in tensor_manifest_json", full.c_str());
     }
-    adapter_mem_check_entry(tensor, *entry->second, adapter_mem_source_name(il, name));
+    adapter_mem_check_entry(tensor, *entry->second, adapter_mem_source_name(sidecar.source_prefix, il, name));
+
+    std::vector<float> values = adapter_mem_read_values(tensor);
+    if (spec.zero && std::any_of(values.begin(), values.end(), [](float x) { return x != 0.0f; })) {
+        llama_adapter_mem_fail("tensor-inactive", "tensor '%s' is not zero, but delta head %c is not active: make it active, or leave the tensor out", full.c_str(),
+                name.back());
+    }
 
     tensors.erase(it);
-    return { spec.shape, adapter_mem_read_values(tensor) };
+    return { spec.shape, std::move(values) };
 }
 
 void llama_adapter_mem_sidecar_read_tensors(const llama_adapter_mem_gguf & gguf, const llama_adapter_mem_manifest & manifest, llama_adapter_mem_sidecar & res) {
-    adapter_mem_reader reader(gguf, manifest);
+    adapter_mem_reader reader(gguf, manifest, res);
 
     const std::string first = "blk." + std::to_string(res.layers.front().il) + ".";
 

@@ -38,10 +38,12 @@ static void init_model(llama_model_gemma4 & model) {
 }
 
 static void init_sidecar(llama_adapter_mem_sidecar & sidecar) {
-    sidecar.path    = "test.gguf";
-    sidecar.n_embd  = 64;
-    sidecar.head[0] = true; // q
-    sidecar.head[3] = true; // o
+    sidecar.path      = "test.gguf";
+    sidecar.format    = 2;
+    sidecar.base_arch = "gemma4";
+    sidecar.n_embd    = 64;
+    sidecar.head[0]   = true; // q
+    sidecar.head[3]   = true; // o
 
     sidecar.layers.resize(2);
     sidecar.layers[0] = { 0, true, { 64, 32, 32, 64 }, {} };
@@ -89,6 +91,30 @@ int main() {
     expect("base-shape", "k_out of layer 1 is 0", [](sidecar_t & s, model_t &) { s.layers[1].width[1] = 0; });
     expect("base-shape", "v_out of layer 1 is 32", [](sidecar_t & s, model_t &) { s.layers[1].width[2] = 32; });
     expect("base-shape", "o_out of layer 1 is 128", [](sidecar_t & s, model_t &) { s.layers[1].width[3] = 128; });
+
+    // version 3: what decides are the widths, and the order of rows has to be the base's
+    expect("", "", [](sidecar_t & s, model_t &) {
+        s.format           = 3;
+        s.layers[0].is_swa = false;
+    });
+    expect("base-shape", "has 3 layers, the sidecar is for all of 2", [](sidecar_t & s, model_t &) { s.all_layers = true; });
+    expect("base-rows", "in the order 'hf' in gemma4, the sidecar says 'norm'", [](sidecar_t & s, model_t &) { s.rope_head_dim = 16; });
+    const auto norm = [](sidecar_t & s, model_t & m) {
+        m.arch          = LLM_ARCH_SMOLLM3;
+        s.base_arch     = "smollm3";
+        s.format        = 3;
+        s.rope_head_dim = 16;
+        s.layers.pop_back(); // heads of one width
+    };
+    expect("", "", norm);
+    expect("base-rows", "in the order 'norm' in smollm3, the sidecar says 'hf'", [&](sidecar_t & s, model_t & m) {
+        norm(s, m);
+        s.rope_head_dim = 0;
+    });
+    expect("base-rows", "has 16 rows, the sidecar's rows are permuted in heads of 8", [&](sidecar_t & s, model_t & m) {
+        norm(s, m);
+        s.rope_head_dim = 8;
+    });
 
     expect("base-heads", "delta head k is active on layer 2", [](sidecar_t & s, model_t &) {
         s.head[1]   = true;

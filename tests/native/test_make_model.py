@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from native_runs import logits, make_model
 
+from llamamem.formats.sidecar import read_sidecar
+
 pytestmark = pytest.mark.native
 
 
@@ -31,3 +33,13 @@ def test_runtime_loads_them(product: Any, tmp_path: Path, semantics: str) -> Non
     assert np.isfinite(with_memory).all()
     assert with_memory.std() > 0.1
     assert np.abs(with_memory - without).max() > 0.05
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "qwen3", "smollm3", "llama"])
+@pytest.mark.parametrize("memory", ["rwkv_ms", "delta_rule"])
+def test_every_architecture_with_both_kinds(product: Any, tmp_path: Path, arch: str, memory: str) -> None:
+    base, made = make_model(tmp_path, "tiny", "--arch", arch, "--memory", memory)
+    sidecar = read_sidecar(made)
+    assert (sidecar.base_arch, sidecar.kind) == (arch, memory)
+    got = product(logits, base, None, np.random.default_rng(0).integers(0, 448, 60))
+    assert np.isfinite(got).all() and got.std() > 0.1

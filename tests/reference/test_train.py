@@ -69,21 +69,23 @@ def test_the_recurrence_is_what_autograd_says_of_the_loop() -> None:
     assert torch.allclose(found, torch.stack(history)) and torch.allclose(last, S)
 
 
-def test_smoke_holds(request_: train_run.Request) -> None:
-    checks = train_run.smoke(request_)
+@pytest.mark.parametrize("start", ["recall", "original"])
+@pytest.mark.parametrize("memory", ["rwkv_ms", "delta_rule"])
+def test_smoke_holds(request_: train_run.Request, memory: str, start: str) -> None:
+    checks = train_run.smoke(replace(request_, memory=memory, start=start))
     assert all(check.ok for check in checks), checks
     assert not request_.output.exists()
 
 
 def test_smoke_fails_when_the_memory_is_not_heard(request_: train_run.Request) -> None:
-    trainer = train_run._trainer(request_, None)
+    trainer = train_run.trainer_of(request_)
     trainer.handle.scale = 0.0
     failed = {check.what for check in train_smoke(trainer) if not check.ok}
     assert {"every tensor in use has a gradient", "every tensor in use moved"} <= failed
 
 
 def test_smoke_fails_when_nothing_is_written(request_: train_run.Request) -> None:
-    trainer = train_run._trainer(request_, None)
+    trainer = train_run.trainer_of(request_)
     trainer.handle.frozen = True
     assert "the memory was written" in {check.what for check in train_smoke(trainer) if not check.ok}
 
@@ -121,21 +123,33 @@ def test_the_same_seed_gives_the_same_adapter_and_another_another(request_: trai
 
 def test_segments_change_what_is_attended_to_and_not_what_is_remembered(request_: train_run.Request) -> None:
     """A gradient over two segments is not that of each alone; with one in sight it is cut and training still goes."""
-    trainers = [train_run._trainer(replace(request_, segment=16, bptt=bptt), None) for bptt in (0, 1)]
+    trainers = [train_run.trainer_of(replace(request_, segment=16, bptt=bptt)) for bptt in (0, 1)]
     losses = [trainer.train_step().loss for trainer in trainers]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     gradients = [[p.grad.clone() for p in trainer.parameters if p.grad is not None] for trainer in trainers]
     assert any(not torch.allclose(x, y, atol=1e-9) for x, y in zip(*gradients, strict=True))
 
 
-def test_the_checkpoint_becomes_a_sidecar_and_comes_back_exactly(request_: train_run.Request, tmp_path: Path) -> None:
-    train_run.run(replace(request_, stages=(Stage(2, 8, 1, 2),)))
+@pytest.mark.parametrize(
+    ("memory", "files"),
+    [
+        ("rwkv_ms", ["adapter_metadata.json", "delta_mem_adapter.safetensors"]),
+        ("delta_rule", ["delta_mem_adapter.pt"]),  # as delta-mem has it
+    ],
+)
+def test_the_checkpoint_becomes_a_sidecar_and_comes_back_exactly(
+    request_: train_run.Request, tmp_path: Path, memory: str, files: list[str]
+) -> None:
+    train_run.run(replace(request_, memory=memory, stages=(Stage(2, 8, 1, 2),)))
+    made = sorted(path.name for path in request_.output.iterdir())
+    assert made == [*files, "delta_mem_config.json", "trainer_state.pt"]
     model = tmp_path / "base.gguf"
     convert_base(request_.base, model, "base")
     export_sidecar(request_.output, model, tmp_path / "memory.gguf")
     trained, exported = (read_adapter(path) for path in (request_.output, tmp_path / "memory.gguf"))
-    for layer, memory in trained.layers.items():
-        for name, tensor in memory.state_dict().items():
+    assert trained.kind == exported.kind == memory
+    for layer, module in trained.layers.items():
+        for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, exported.layers[layer].state_dict()[name])
 
 
@@ -182,13 +196,13 @@ def test_the_command(llamamem: Callable[..., Any], base: Path, tmp_path: Path) -
 
 def test_weight_decay_is_of_matrices_alone(request_: train_run.Request) -> None:
     def after_a_step(weight_decay: float) -> tuple[dict[str, torch.Tensor], float]:
-        trainer = train_run._trainer(replace(request_, weight_decay=weight_decay), None)
+        trainer = train_run.trainer_of(replace(request_, weight_decay=weight_decay))
         trainer.train_step()
         named = dict(trainer.handle.layers.named_parameters())
         return {name: p.detach().clone() for name, p in named.items()}, trainer.optimizer.param_groups[0]["lr"]
 
     (without, lr), (decayed, _) = after_a_step(0.0), after_a_step(0.5)
-    start = dict(train_run._trainer(request_, None).handle.layers.named_parameters())
+    start = dict(train_run.trainer_of(request_).handle.layers.named_parameters())
     for name, p in without.items():
         trained = not torch.equal(p, start[name])  # what is read by nothing has no gradient
         expected = p - lr * 0.5 * start[name].detach() if trained and p.ndim > 1 else p

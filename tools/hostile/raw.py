@@ -25,6 +25,7 @@ PEOPLE = (
     *("status", "memory_type", "base_model", "checkpoint_repo", "base_gguf", "mmproj_gguf", "mmproj_gguf_sha256"),
     *("adapter_metadata_json", "required_runtime_hooks_json"),
 )
+SOURCE_PREFIX = "model.language_model.layers."
 H = 2
 WIDTH = {"q": 3, "k": 1, "v": 1, "o": H}
 
@@ -83,8 +84,8 @@ class Sidecar:
     cut: int = 0  # bytes left out at the end
 
     def key(self, name: str) -> Key:
-        """A key by its name without `delta_mem.`, or by the whole of it."""
-        return next(key for key in self.keys if key.name in (name, f"delta_mem.{name}"))
+        """A key by its name without `delta_mem.` or `memory_adapter.`, or by the whole of it."""
+        return next(key for key in self.keys if key.name in (name, f"delta_mem.{name}", f"memory_adapter.{name}"))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its name."""
@@ -107,7 +108,9 @@ class Sidecar:
 
     def settle(self) -> None:
         """Makes manifest and counts those of the tensors."""
-        self.manifest[:] = [manifest_entry(tensor) for tensor in self.tensors]
+        found = [key.value for key in self.keys if key.name == "memory_adapter.source_prefix"]
+        prefix = found[0] if found and isinstance(found[0], str) else SOURCE_PREFIX
+        self.manifest[:] = [manifest_entry(tensor, prefix) for tensor in self.tensors]
         self.key("tensor_count").value = len(self.tensors)
         self.key("total_numel").value = sum(prod(tensor.dims) for tensor in self.tensors)
         self.key("total_bytes").value = sum(len(tensor.data) for tensor in self.tensors)
@@ -200,12 +203,12 @@ def new_tensor(name: str, shape: Sequence[int], kind: int = TENSOR_BF16) -> Tens
     return Tensor(name, list(reversed(shape)), kind, values(name, prod(shape), kind))
 
 
-def manifest_entry(tensor: Tensor) -> dict[str, Any]:
+def manifest_entry(tensor: Tensor, prefix: str = SOURCE_PREFIX) -> dict[str, Any]:
     """What the manifest says of a tensor."""
     name = tensor.name if isinstance(tensor.name, str) else tensor.name.decode("utf-8", "replace")
     return {
         "name": name,
-        "source_name": source_name(name),
+        "source_name": source_name(name, prefix),
         "shape": tensor.dims[::-1],
         "gguf_type": TENSOR_TYPES.get(tensor.type, "BF16"),
         "numel": prod(tensor.dims),
@@ -214,7 +217,7 @@ def manifest_entry(tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def source_name(name: str) -> str:
+def source_name(name: str, prefix: str = SOURCE_PREFIX) -> str:
     """The name in the checkpoint."""
     blk, layer, short = [*name.split(".", 2), "", ""][:3]
     if blk != "blk":
@@ -223,10 +226,11 @@ def source_name(name: str) -> str:
     tails |= {
         f"{gate}{b}": f"{gate}{tail}" for gate in ("beta", "lambda") for b, tail in (("", "_proj"), ("_b", "_bias"))
     }
+    tails |= {"delta_scale": "delta_scale_raw", "delta_o_norm": "delta_o_rmsnorm_weight"}
     tail = tails.get(short, f"{short}_proj")
     if short.startswith("rwkv."):
         tail = f"hrm_rwkv7_core.{short.removeprefix('rwkv.')}"
-    return f"model.language_model.layers.{layer}.self_attn.{tail}"
+    return f"{prefix}{layer}.self_attn.{tail}"
 
 
 def sound(
@@ -284,10 +288,10 @@ def sound(
     return sidecar
 
 
-def attention_entry(layer: int, heads: Sequence[str]) -> dict[str, Any]:
+def attention_entry(layer: int, heads: Sequence[str], width: dict[str, int] = WIDTH) -> dict[str, Any]:
     """What per_layer_attention_json says of a layer; every sixth one has full attention."""
     kind = "full_attention" if layer % 6 == 5 else "sliding_attention"
-    widths = {f"{head}_out": width for head, width in WIDTH.items()}
+    widths = {f"{head}_out": n for head, n in width.items()}
     return {"layer": layer, "attention_kind": kind, **widths, "active_delta_heads": list(heads)}
 
 

@@ -6,9 +6,10 @@ import io
 import json
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from llamamem.formats.checkpoint.reader import ADAPTER, CONFIG, METADATA
 from llamamem.formats.checkpoint.torch_pickle import torch_pickle
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor, replacing
 from llamamem.formats.json_text import parse_json
-from llamamem.formats.sidecar import PREFIX, Sidecar
+from llamamem.formats.sidecar import HEADS, Sidecar
+from llamamem.formats.sidecar.rows import PERMUTED, to_hf
 
 FORMATS = ("pt", "safetensors")
 
@@ -33,7 +35,7 @@ def write_checkpoint(
     format: str = "pt",
     force: bool = False,
 ) -> list[Path]:
-    """Writes the files of a checkpoint and returns their paths; without metadata there is no such file.
+    """Writes the files of a checkpoint and returns their paths; without metadata (delta-mem) there is no such file.
 
     The same arguments give the same bytes.
 
@@ -42,7 +44,9 @@ def write_checkpoint(
     """
     folder = Path(folder)
     adapter = folder / f"{ADAPTER}.{format}"
-    _check_folder(folder, adapter, force)
+    stray = {folder / METADATA} if metadata is None else set()
+    stray |= {folder / f"{ADAPTER}.{other}" for other in FORMATS if other != format}
+    _check_folder(folder, stray, force)
     data = {"pt": torch_zip, "safetensors": safetensors}[format](tensors)
     files = {adapter: data, folder / CONFIG: _json(config)}
     if metadata is not None:
@@ -69,15 +73,43 @@ def materialize(sidecar: Sidecar, folder: str | Path, *, format: str = "pt", for
 
 
 def checkpoint_tensors(sidecar: Sidecar) -> dict[str, GgufTensor]:
-    """The tensors by source name, in the shapes that the checkpoint had, in the order of the manifest."""
-    manifest = json.loads(sidecar.fields[f"{PREFIX}tensor_manifest_json"].value)
-    return {
+    """The tensors by source name, in the shapes, order of rows and bytes that the checkpoint had.
+
+    They are in the order of the manifest; those of heads that are not active, which the file leaves out, come last.
+    """
+    tensors = {}
+    for entry in json.loads(sidecar.get("tensor_manifest_json")):
+        tensor = sidecar.tensors[entry["name"]]
+        if sidecar.rope_head_dim and entry["name"].rpartition(".")[2] in PERMUTED:
+            tensor = to_hf(tensor, sidecar.rope_head_dim)
         # some writers of GGUF leave out leading ones; the manifest has the checkpoint's shape
-        entry["source_name"]: replace(
-            sidecar.tensors[entry["name"]], name=entry["source_name"], shape=tuple(map(int, entry["shape"]))
+        shape = tuple(map(int, entry["shape"]))
+        tensors[entry["source_name"]] = replace(tensor, name=entry["source_name"], shape=shape)
+    return tensors | {tensor.name: tensor for tensor in _omitted(sidecar)}
+
+
+def _omitted(sidecar: Sidecar) -> Iterator[GgufTensor]:
+    """Zeros. The key is for people, so what is in it is checked here."""
+    key, text = "omitted_tensors_json", sidecar.get("omitted_tensors_json")
+    entries = [] if text is None else parse_json(f"{sidecar.path}: key '{sidecar.prefix}{key}'", text)
+    layers = {layer.layer: layer for layer in sidecar.layers}
+    idle = [head for head in HEADS if head not in sidecar.delta_heads]
+    places = {
+        f"{sidecar.source_prefix}{i}.self_attn.delta_{head}_proj": (
+            (width, sidecar.rank * sidecar.heads),
+            f"blk.{i}.delta_{head}",
         )
-        for entry in manifest
+        for i, layer in layers.items()
+        for head in idle
+        if (width := layer.width(head))
     }
+    for entry in entries if isinstance(entries, list) else [None]:
+        source, dtype = (entry.get("source_name"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
+        shape, name = places.pop(str(source), ((), ""))
+        if not shape or dtype not in TYPE_SIZE or name in sidecar.tensors:
+            text = f"{sidecar.path}: key '{sidecar.prefix}{key}' is no list of tensors that were left out"
+            raise LlamamemError(f"{text}; export the sidecar again")
+        yield GgufTensor(str(source), str(dtype), shape, bytes(prod(shape) * TYPE_SIZE[str(dtype)]))
 
 
 def torch_zip(tensors: Iterable[GgufTensor]) -> bytes:
@@ -114,7 +146,7 @@ def safetensors(tensors: Iterable[GgufTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def _check_folder(folder: Path, adapter: Path, force: bool) -> None:
+def _check_folder(folder: Path, stray: Iterable[Path], force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise LlamamemError(f"{folder}: is a file; give a directory as --output")
     if not folder.exists():
@@ -123,17 +155,18 @@ def _check_folder(folder: Path, adapter: Path, force: bool) -> None:
         return
     if not force and any(folder.iterdir()):
         raise LlamamemError(f"{folder}: is not empty; give another --output, or --force to replace its checkpoint")
-    for other in FORMATS:
-        rest = folder / f"{ADAPTER}.{other}"
-        if rest != adapter and rest.exists():
+    for rest in sorted(stray):
+        if rest.exists():
             raise LlamamemError(f"{rest}: is there already, and one directory holds one adapter; remove it first")
 
 
-def _metadata(sidecar: Sidecar) -> dict[str, Any]:
-    key = f"{PREFIX}adapter_metadata_json"
-    field = sidecar.fields.get(key)
+def _metadata(sidecar: Sidecar) -> dict[str, Any] | None:
+    key = f"{sidecar.prefix}adapter_metadata_json"
+    text = sidecar.get("adapter_metadata_json")
+    if text is None:  # since version 3: a checkpoint without the file
+        return None if sidecar.format_version == 3 else {}
     try:
-        value = parse_json(key, field.value) if field is not None else {}
+        value = parse_json(key, text)
     except LlamamemError:
         value = None
     if not isinstance(value, dict):

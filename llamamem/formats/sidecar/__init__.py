@@ -6,9 +6,13 @@ export.py writes one from a checkpoint, copy.py from another one.
 from llamamem.formats.findings import REASONS, Finding
 from llamamem.formats.sidecar.layout import (
     ARCHITECTURE,
+    ARCHITECTURES,
+    DELTA_RULE,
     HEADS,
+    MEMORY_KINDS,
     NAME_FORMAT,
     PREFIX,
+    RWKV_MS,
     SCHEMA,
     TYPES,
     Sidecar,
@@ -20,10 +24,14 @@ from llamamem.formats.sidecar.reader import Validation, check_sidecar, read_side
 
 __all__ = [
     "ARCHITECTURE",
+    "ARCHITECTURES",
+    "DELTA_RULE",
     "HEADS",
+    "MEMORY_KINDS",
     "NAME_FORMAT",
     "PREFIX",
     "REASONS",
+    "RWKV_MS",
     "SCHEMA",
     "TYPES",
     "Finding",

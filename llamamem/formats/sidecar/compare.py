@@ -14,7 +14,8 @@ from llamamem.formats.checkpoint import read_checkpoint
 from llamamem.formats.checkpoint.writer import checkpoint_tensors
 from llamamem.formats.gguf_file import GgufTensor
 from llamamem.formats.sidecar import read_sidecar, short_name, values
-from llamamem.formats.sidecar.config import ABSENT
+from llamamem.formats.sidecar.config import ABSENT, kind_of
+from llamamem.formats.sidecar.layout import RWKV_MS, SOURCE_PREFIX, source_prefix
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,10 @@ class _Side:
         else:
             sidecar = read_sidecar(path)
             tensors, config, base = checkpoint_tensors(sidecar), sidecar.config, sidecar.base_sha256
-        texts = {key: json.dumps(value, sort_keys=True) for key, value in {**ABSENT, **config}.items()}
-        return cls({short_name(name): tensor for name, tensor in tensors.items()}, texts, base)
+        meant = ABSENT[kind_of(config) or RWKV_MS]
+        texts = {key: json.dumps(value, sort_keys=True) for key, value in {**meant, **config}.items()}
+        prefix = source_prefix(tensors) or SOURCE_PREFIX
+        return cls({short_name(name, True, prefix): tensor for name, tensor in tensors.items()}, texts, base)
 
 
 def _tensor_difference(name: str, a: GgufTensor | None, b: GgufTensor | None) -> TensorDifference | None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from gguf import GGUFReader
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import base_sha256, read_base
-from llamamem.formats.gguf_file import ALIGNMENT, replacing
+from llamamem.formats.base import base_sha256
+from llamamem.formats.gguf_file import ALIGNMENT, read_gguf_index, replacing
 from llamamem.formats.outputs import check_sidecar_target
-from llamamem.formats.sidecar import HEADS, PREFIX, Sidecar, manifest_entry, read_sidecar
-from llamamem.formats.sidecar.base import model_faults
+from llamamem.formats.sidecar import HEADS, Sidecar, manifest_entry, read_sidecar
+from llamamem.formats.sidecar.base import base_faults, needs_of
 
 
 def zero_sidecar(path: str | Path, output: str | Path) -> Sidecar:
@@ -28,11 +28,11 @@ def zero_sidecar(path: str | Path, output: str | Path) -> Sidecar:
         for name, tensor in sidecar.tensors.items()
         if name.rpartition(".")[2] in deltas
     }
-    key = f"{PREFIX}tensor_manifest_json"
-    sources = {entry["name"]: entry["source_name"] for entry in json.loads(sidecar.fields[key].value)}
+    key = "tensor_manifest_json"
+    sources = {entry["name"]: entry["source_name"] for entry in json.loads(sidecar.get(key))}
     manifest = [manifest_entry(tensor, sources[name]) for name, tensor in (sidecar.tensors | zeros).items()]
     text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
-    _copy(sidecar, output, {key: text}, {name: tensor.data for name, tensor in zeros.items()})
+    _copy(sidecar, output, {sidecar.prefix + key: text}, {name: tensor.data for name, tensor in zeros.items()})
     return read_sidecar(output)
 
 
@@ -46,22 +46,22 @@ def rebind_sidecar(
     hashed.
     """
     output = Path(output)
-    sidecar, model = read_sidecar(path), read_base(base)
-    check_sidecar_target(output, [sidecar.path, model.path])
-    if faults := list(model_faults(model, sidecar.hidden, sidecar.layers, sidecar.delta_heads)):
-        texts = [str(fault).removeprefix(f"{model.path}: ") for fault in faults]
+    sidecar, index = read_sidecar(path), read_gguf_index(base)
+    check_sidecar_target(output, [sidecar.path, index.path])
+    if faults := list(base_faults(index, needs_of(sidecar))):
+        texts = [str(fault).removeprefix(f"{index.path}: ") for fault in faults]
         raise LlamamemError(
-            f"{sidecar.path}: [{faults[0].reason}] {model.path} is another model than the sidecar was made for: "
+            f"{sidecar.path}: [{faults[0].reason}] {index.path} is another model than the sidecar was made for: "
             + "; ".join(texts),
             reason=faults[0].reason,
         )
     warnings = []
-    recorded = sidecar.fields.get(f"{PREFIX}base_model")
-    if recorded is not None and recorded.value != model.name:
-        warnings.append(f"{model.path}: general.name is {model.name!r}, the sidecar was made for {recorded.value!r}")
-    strings = {f"{PREFIX}base_gguf_sha256": base_sha256(model.path, progress)}
-    if f"{PREFIX}base_gguf" in sidecar.fields:
-        strings[f"{PREFIX}base_gguf"] = model.path.name
+    name, recorded = str(index.get("general.name", "")), sidecar.get("base_model")
+    if recorded is not None and recorded != name:
+        warnings.append(f"{index.path}: general.name is {name!r}, the sidecar was made for {recorded!r}")
+    strings = {f"{sidecar.prefix}base_gguf_sha256": base_sha256(index.path, progress)}
+    if sidecar.get("base_gguf") is not None:
+        strings[f"{sidecar.prefix}base_gguf"] = index.path.name
     _copy(sidecar, output, strings, {})
     return read_sidecar(output), warnings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,58 @@ import numpy as np
 from gguf import GGUFValueType
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import AttentionLayer, BaseModel, base_sha256, file_sha256, read_base
-from llamamem.formats.checkpoint import Checkpoint, read_checkpoint
+from llamamem.formats.base import ROWS, AttentionLayer, BaseModel, base_sha256, file_sha256, read_base
+from llamamem.formats.checkpoint import METADATA, Checkpoint, read_checkpoint
+from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import ALIGNMENT, GgufField, GgufTensor, read_gguf_index, write_gguf
 from llamamem.formats.outputs import check_manifest_target, check_sidecar_target, write_json
-from llamamem.formats.sidecar import (
-    ARCHITECTURE,
-    HEADS,
-    NAME_FORMAT,
-    PREFIX,
-    SCHEMA,
-    TYPES,
-    Sidecar,
-    check_sidecar,
-    manifest_entry,
-    read_sidecar,
-    short_name,
-)
-from llamamem.formats.sidecar.base import model_faults
+from llamamem.formats.sidecar import config as cfg
+from llamamem.formats.sidecar.base import Needs, model_faults, needs_of
 from llamamem.formats.sidecar.copy import zero_sidecar
 from llamamem.formats.sidecar.inspect import inspect_sidecar
+from llamamem.formats.sidecar.layout import (
+    ARCHITECTURE,
+    ARCHITECTURE_3,
+    HEADS,
+    HF_ROWS,
+    MEMORY_KINDS,
+    NAME_FORMAT,
+    NORM_ROWS,
+    PREFIX,
+    PREFIX_3,
+    RWKV_MS,
+    SCHEMA,
+    SCHEMA_3,
+    SOURCE_PREFIX,
+    TYPES,
+    TYPES_3,
+    Sidecar,
+    manifest_entry,
+    short_name,
+    source_prefix,
+)
+from llamamem.formats.sidecar.reader import check_sidecar, read_sidecar
+from llamamem.formats.sidecar.rows import PERMUTED, to_norm
 from llamamem.formats.sidecar.tensor_types import convert
 
 __all__ = ["export_sidecar", "zero_sidecar"]
 
 _F32_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is settled before a byte is written: which version of the format, of which kind, in which order of rows."""
+
+    source: Checkpoint
+    model: BaseModel
+    kind: str
+    prefix: str  # of the checkpoint's names
+    is_3: bool
+    config: dict[str, Any]  # with what absent members mean
+    targets: list[Any]
+    heads: list[Any]
+    rope_head_dim: int  # 0: rows stay as they are
 
 
 def export_sidecar(
@@ -50,9 +77,13 @@ def export_sidecar(
     checkpoint_repo: str = "",
     dtype: str = "keep",
     manifest: str | Path | None = None,
+    row_order: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Sidecar:
-    """Writes a checkpoint directory as a sidecar of format 2, bound to `base`. The same inputs give the same bytes.
+    """Writes a checkpoint directory as a sidecar bound to `base`. The same inputs give the same bytes.
+
+    An RWKV-MS of Gemma 4 becomes a file of format 2, every other memory one of format 3. `row_order` is that of the
+    base's q and k, hf or norm: needed where the base's architecture does not tell it.
 
     What would be refused on load is refused here, before anything is hashed or written. `mmproj` is recorded, no
     more. `config` is another config file: a name inside the directory, or a path. `dtype` is keep, bf16 or f32.
@@ -63,16 +94,19 @@ def export_sidecar(
     model = read_base(base)
     projector = _check_mmproj(mmproj) if mmproj is not None else None
     _check_targets(output, manifest, [*source.files, model.path, *([projector] if projector else [])])
-    tensors = _tensors(source, dtype)
-    fields = _compose(source, model, tensors, checkpoint_repo)
+    plan = _plan(source, model, row_order)
+    tensors = _tensors(plan, dtype)
+    omitted = {} if plan.kind == RWKV_MS else _omitted(plan, tensors)
+    fields = _compose(plan, tensors, omitted, checkpoint_repo)
     plain = {name: tensor for name, (_, tensor) in tensors.items()}
-    _check(source, model, fields, plain)
+    _check(plan, fields, plain)
 
     hashes = {"base_gguf_sha256": base_sha256(model.path, progress)}
     if projector is not None:
         hashes |= {"mmproj_gguf": projector.name, "mmproj_gguf_sha256": file_sha256(projector, progress=progress)}
     for key, value in hashes.items():
-        fields[PREFIX + key] = replace(fields[PREFIX + key], value=value)
+        key = (PREFIX_3 if plan.is_3 else PREFIX) + key
+        fields[key] = replace(fields[key], value=value)
     write_gguf(output, fields, list(plain.values()))
     sidecar = read_sidecar(output)
     if manifest is not None:
@@ -97,9 +131,45 @@ def _check_targets(output: Path, manifest: str | Path | None, inputs: Iterable[P
     check_manifest_target(Path(manifest), inputs)
 
 
-def _tensors(source: Checkpoint, dtype: str) -> dict[str, tuple[str, GgufTensor]]:
+def _plan(source: Checkpoint, model: BaseModel, row_order: str | None) -> _Plan:
+    where = source.config_path
+    kind = cfg.kind_of(source.config)
+    if kind is None:
+        said = _dumps(source.config["memory_backend"])
+        raise LlamamemError(
+            f"{where}: [config-unsupported] memory_backend is {said}, only {', '.join(MEMORY_KINDS)} is implemented",
+            reason="config-unsupported",
+        )
+    prefix = source_prefix(source.tensors) or SOURCE_PREFIX
+    is_3 = (kind, model.arch, prefix) != (RWKV_MS, "gemma4", SOURCE_PREFIX)
+    config = cfg.with_defaults(source.config, kind)
+    targets, heads = config.get("target_layers"), config.get("delta_heads")
+    if not isinstance(targets, list) or not isinstance(heads, list):
+        raise LlamamemError(f"{where}: target_layers and delta_heads must both be lists")
+    if is_3 and not targets:
+        targets = list(range(len(model.layers)))
+    for target in targets:
+        if type(target) is not int or not 0 <= target < len(model.layers):
+            n = len(model.layers)
+            raise LlamamemError(f"{where}: target layer {_dumps(target)} is not one of the {n} of {model.path}")
+    order = ROWS.get(model.arch, row_order)
+    if order is None:
+        raise LlamamemError(
+            f"{model.path}: whether its converter permuted the rows of q and k is not known of architecture "
+            f"{quoted(model.arch)}; say it with --row-order: norm if it did, for a rope over neighbours, else hf"
+        )
+    if row_order not in (None, order):
+        raise LlamamemError(
+            f"{model.path}: rows of q and k are in the order {order}, leave out --row-order {row_order}"
+        )
+    head_dim = model.head_dim if order == NORM_ROWS else 0
+    return _Plan(source, model, kind, prefix, is_3, config, targets, heads, head_dim)
+
+
+def _tensors(plan: _Plan, dtype: str) -> dict[str, tuple[str, GgufTensor]]:
     """Source names and tensors by name in the file: by layer, then name, whatever the checkpoint's order."""
-    named = {short_name(name): (name, tensor) for name, tensor in source.tensors.items()}
+    source = plan.source
+    named = {short_name(name, plan.is_3, plan.prefix): (name, tensor) for name, tensor in source.tensors.items()}
     if len(named) != len(source.tensors):
         raise LlamamemError(f"{source.adapter}: two tensors of the checkpoint have the same name in a sidecar")
     tensors = {}
@@ -109,32 +179,58 @@ def _tensors(source: Checkpoint, dtype: str) -> dict[str, tuple[str, GgufTensor]
             converted = tensor if dtype == "keep" else convert(tensor, dtype.upper())
         except LlamamemError as e:
             raise LlamamemError(f"{source.adapter}: {e}") from None
+        head_dim = plan.rope_head_dim if name.rpartition(".")[2] in PERMUTED else 0
+        # what is no matrix, or of another width, the check of the whole refuses
+        if head_dim and len(tensor.shape) == 2 and tensor.shape[0] % head_dim == 0:
+            converted = to_norm(converted, head_dim)
         tensors[name] = (original, replace(converted, name=name))
     return tensors
 
 
+def _omitted(plan: _Plan, tensors: dict[str, tuple[str, GgufTensor]]) -> dict[str, tuple[str, GgufTensor]]:
+    """Takes out the zeros that a checkpoint of a delta rule has for heads that are not active."""
+    layers = {layer: plan.model.layers[layer] for layer in plan.targets}
+    width = plan.config["rank"], plan.config["num_state_heads"]
+    omitted = {}
+    for layer, attention in layers.items():
+        for head in HEADS:
+            name = f"blk.{layer}.delta_{head}"
+            if head in plan.heads or name not in tensors or not all(type(n) is int for n in width):
+                continue
+            _, tensor = tensors[name]
+            if tensor.shape == (attention.width(head), width[0] * width[1]) and not any(tensor.data):
+                omitted[name] = tensors.pop(name)
+    return omitted
+
+
 def _compose(
-    source: Checkpoint, model: BaseModel, tensors: dict[str, tuple[str, GgufTensor]], checkpoint_repo: str
+    plan: _Plan,
+    tensors: dict[str, tuple[str, GgufTensor]],
+    omitted: dict[str, tuple[str, GgufTensor]],
+    checkpoint_repo: str,
 ) -> dict[str, GgufField]:
     """Keys in the order of the format's description. What is wrong with the config, the check of the whole finds."""
-    where, config = source.config_path, source.config
-    targets, heads = config.get("target_layers"), config.get("delta_heads")
-    if not isinstance(targets, list) or not isinstance(heads, list):
-        raise LlamamemError(f"{where}: target_layers and delta_heads must both be lists")
-    for target in targets:
-        if type(target) is not int or not 0 <= target < len(model.layers):
-            n = len(model.layers)
-            raise LlamamemError(f"{where}: target layer {_dumps(target)} is not one of the {n} of {model.path}")
-    layers = [model.layers[target] for target in targets]
-    for fault in model_faults(model, None, layers, [head for head in heads if head in HEADS]):
-        raise LlamamemError(f"{where}: [{fault.reason}] {fault}; only q and o are possible", reason=fault.reason)
-    attention = [_attention(layer, heads, tensors) for layer in layers]
+    source, model, config, heads = plan.source, plan.model, plan.config, plan.heads
+    layers = tuple(model.layers[target] for target in plan.targets)
+    active = tuple(head for head in heads if head in HEADS)
+    wanted = Needs(model.arch, None, layers, active, rope_head_dim=plan.rope_head_dim)
+    for fault in model_faults(model, wanted):
+        text = f"{source.config_path}: [{fault.reason}] {fault}; only q and o are possible"
+        raise LlamamemError(text, reason=fault.reason)
+    attention = [_attention(layer, heads, tensors | omitted) for layer in layers]
     semantics = config.get("rwkv_ms_semantics_version", 1)
+    metadata = None if plan.is_3 and not (source.path / METADATA).exists() else _dumps(source.metadata)
+    memory_type = f"delta-mem-{plan.kind.replace('_', '-')}"
     values: dict[str, Any] = {
-        "schema": f"{SCHEMA}.v2",
-        "format_version": 2,
+        "schema": f"{SCHEMA_3}.v3" if plan.is_3 else f"{SCHEMA}.v2",
+        "format_version": 3 if plan.is_3 else 2,
+        "kind": plan.kind,
+        "base_architecture": model.arch,
+        "source_prefix": plan.prefix,
+        "qk_row_order": NORM_ROWS if plan.rope_head_dim else HF_ROWS,
+        "rope_head_dim": plan.rope_head_dim or None,
         "status": "exported",
-        "memory_type": _text(source.metadata.get("memory_type") or "delta-mem-rwkv-ms"),
+        "memory_type": _text(source.metadata.get("memory_type") or memory_type),
         "memory_backend": "rwkv_ms",
         "memory_readout_mode": "delta",
         "base_model": _text(source.metadata.get("base_model") or model.name),
@@ -155,16 +251,25 @@ def _compose(
         "total_numel": sum(prod(t.shape) for _, t in tensors.values()),
         "total_bytes": sum(len(t.data) for _, t in tensors.values()),
         "alpha": _f32(config.get("alpha")),
-        "target_layers_json": _dumps(targets),
+        "target_layers_json": _dumps(plan.targets),
         "delta_heads_json": _dumps(heads),
         "per_layer_attention_json": _dumps(attention),
-        "config_json": _dumps(config),
-        "adapter_metadata_json": _dumps(source.metadata),
+        "config_json": _dumps(source.config),
+        "adapter_metadata_json": metadata,
         "required_runtime_hooks_json": _dumps(_hooks(heads)),
+        "omitted_tensors_json": _dumps(
+            [{"source_name": name, "shape": list(t.shape), "dtype": t.dtype} for name, t in omitted.values()]
+        )
+        if omitted
+        else None,
         "tensor_manifest_json": _dumps([manifest_entry(tensor, name) for name, tensor in tensors.values()]),
     }
-    fields = _general(ARCHITECTURE, values["base_model"], checkpoint_repo)
-    return fields | {PREFIX + key: GgufField(TYPES[key], value) for key, value in values.items()}
+    types = TYPES_3[plan.kind] if plan.is_3 else TYPES
+    never = {"rope_head_dim", "adapter_metadata_json", "omitted_tensors_json"}
+    kept = {k: v for k, v in values.items() if k in types and not (k in never and v is None)}
+    architecture = ARCHITECTURE_3 if plan.is_3 else ARCHITECTURE
+    fields = _general(architecture, values["base_model"], checkpoint_repo)
+    return fields | {(PREFIX_3 if plan.is_3 else PREFIX) + k: GgufField(types[k], v) for k, v in kept.items()}
 
 
 def _general(architecture: str, base_model: str, checkpoint_repo: str) -> dict[str, GgufField]:
@@ -207,13 +312,14 @@ def _hooks(heads: list[Any]) -> list[str]:
     return ["attention_input_hidden_state", "recurrent_state_per_sequence", *active]
 
 
-def _check(source: Checkpoint, model: BaseModel, fields: dict[str, GgufField], tensors: dict[str, GgufTensor]) -> None:
+def _check(plan: _Plan, fields: dict[str, GgufField], tensors: dict[str, GgufTensor]) -> None:
     """All that is checked on load, and that the base fits."""
+    source = plan.source
     try:
         sidecar = check_sidecar(source.path, fields, tensors)
     except LlamamemError as e:  # what is a key of a sidecar is a file of a checkpoint
         raise LlamamemError(str(e).replace("config_json", source.config_path.name), reason=e.reason) from None
-    for fault in model_faults(model, sidecar.hidden, sidecar.layers, sidecar.delta_heads):
+    for fault in model_faults(plan.model, needs_of(sidecar)):
         raise LlamamemError(f"{source.path}: [{fault.reason}] {fault}", reason=fault.reason)
 
 

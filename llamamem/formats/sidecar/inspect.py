@@ -17,7 +17,8 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.base import file_sha256
 from llamamem.formats.findings import Finding
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufField, GgufTensor, read_gguf, read_gguf_index
-from llamamem.formats.sidecar import ARCHITECTURE, HEADS, PREFIX, validate_sidecar, values
+from llamamem.formats.sidecar import ARCHITECTURES, HEADS, PREFIX, validate_sidecar, values
+from llamamem.formats.sidecar.layout import ARCHITECTURE_3, PREFIX_3
 
 _LABEL, _WIDTH = 13, 66  # characters of a label and of a value: the summary is for screens of 80 columns
 _MOST_ROWS = 4  # of layers with other widths
@@ -52,7 +53,7 @@ class Inspection:
 
     def manifest(self) -> dict[str, Any]:
         """The file on record: its name, size and hash, all metadata, and the tensor manifest."""
-        key = f"{PREFIX}tensor_manifest_json"
+        key = f"{self._prefix}tensor_manifest_json"
         return {
             "sidecar": self.path.name,
             "bytes": self.bytes,
@@ -82,6 +83,7 @@ class Inspection:
         each = f", {len(self.tensors) // n_layers} a layer" if len(self.tensors) % n_layers == 0 else ""
         rows = [
             ("memory for", get("base_model")),
+            ("architecture", get("base_architecture")),
             ("base GGUF", get("base_gguf")),
             ("  sha256", get("base_gguf_sha256")),
             ("mmproj", get("mmproj_gguf")),
@@ -89,14 +91,9 @@ class Inspection:
             ("checkpoint", get("checkpoint_repo")),
             *self._layers(),
             ("delta heads", self._heads()),
-            (
-                "memory",
-                f"{get('memory_backend')}, rank {get('rank')}, alpha {get('alpha')}, state heads "
-                f"{get('num_state_heads')}, states {get('rwkv_ms_num_states')}",
-            ),
-            ("  chunk", f"{get('rwkv_ms_chunk_size')} tokens, {get('rwkv_ms_boundary_mode')}"),
-            ("  semantics", f"version {get('rwkv_ms_semantics_version') or 1}, {self._update_mode()} update"),
+            *self._memory(),
             ("tensors", f"{len(self.tensors)} {types}{each}"),
+            ("  rows", self._rows()),
             ("  parameters", f"{numel:,} in {n_bytes:,} bytes"),
             ("format", f"version {get('format_version')}, {get('schema')}"),
             ("file", f"{self.bytes:,} bytes"),
@@ -104,18 +101,38 @@ class Inspection:
         ]
         return [(printable(label, _LABEL), printable(text)) for label, text in rows if text]
 
+    @property
+    def _prefix(self) -> str:
+        return PREFIX_3 if self.metadata.get("general.architecture") == ARCHITECTURE_3 else PREFIX
+
+    def _memory(self) -> list[tuple[str, str]]:
+        """What the maths is, in two or three rows."""
+        get = self._get
+        kind = get("kind") or get("memory_backend")
+        what = f"{kind}, rank {get('rank')}, alpha {get('alpha')}, state heads {get('num_state_heads')}"
+        if kind == "delta_rule":
+            return [("memory", what), ("  update", self._update_mode())]
+        chunk = f"{get('rwkv_ms_chunk_size')} tokens, {get('rwkv_ms_boundary_mode')}"
+        semantics = f"version {get('rwkv_ms_semantics_version') or 1}, {self._update_mode()} update"
+        what += f", states {get('rwkv_ms_num_states')}"
+        return [("memory", what), ("  chunk", chunk), ("  semantics", semantics)]
+
+    def _rows(self) -> str:
+        order, width = self._get("qk_row_order"), self._get("rope_head_dim")
+        return f"of delta_q and delta_k permuted in heads of {width}" if order == "norm" else ""
+
     def _get(self, key: str) -> str:
-        value = self.metadata.get(PREFIX + key)
+        value = self.metadata.get(self._prefix + key)
         return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     def _update_mode(self) -> str:
-        config = self.metadata.get(f"{PREFIX}config_json")
-        return str(config.get("state_update_mode")) if isinstance(config, dict) else "?"
+        config = self.metadata.get(f"{self._prefix}config_json")
+        return str(config.get("state_update_mode", "standard")) if isinstance(config, dict) else "?"
 
     def _layers(self) -> list[tuple[str, str]]:
         """The target layers, and a row for each run of layers with the same attention."""
-        entries = self.metadata.get(f"{PREFIX}per_layer_attention_json")
-        targets = self.metadata.get(f"{PREFIX}target_layers_json")
+        entries = self.metadata.get(f"{self._prefix}per_layer_attention_json")
+        targets = self.metadata.get(f"{self._prefix}target_layers_json")
         rows = [("layers", spans(targets))] if isinstance(targets, list) else []
         known = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
         runs = [list(run) for _, run in groupby(known, _attention)]
@@ -125,7 +142,7 @@ class Inspection:
         return [*rows, ("  ...", f"{len(runs) - _MOST_ROWS} more")] if len(runs) > _MOST_ROWS else rows
 
     def _heads(self) -> str:
-        heads = self.metadata.get(f"{PREFIX}delta_heads_json")
+        heads = self.metadata.get(f"{self._prefix}delta_heads_json")
         if not isinstance(heads, list):
             return ""
         there = {row.name.rpartition(".delta_")[2] for row in self.tensors if ".delta_" in row.name}
@@ -138,7 +155,7 @@ def inspect_sidecar(path: str | Path) -> Inspection:
     path = Path(path)
     findings = validate_sidecar(path).findings
     fields, rows = _contents(path)
-    if not any(key.startswith(PREFIX) for key in fields) and findings:
+    if not any(key.startswith((PREFIX, PREFIX_3)) for key in fields) and findings:
         first = findings[0]
         raise LlamamemError(f"{path}: [{first.reason}] {first.message}", reason=first.reason)
     return Inspection(
@@ -177,7 +194,7 @@ def _attention(entry: dict[str, Any]) -> tuple[str, str]:
 def _contents(path: Path) -> tuple[Mapping[str, GgufField], list[TensorRow]]:
     """Keys and tensors; of a file that is cut short, what its header says of them; of any other, nothing."""
     try:
-        fields, tensors = read_gguf(path, ARCHITECTURE)
+        fields, tensors = read_gguf(path, ARCHITECTURES)
         return fields, [_row(tensor) for tensor in tensors.values()]
     except LlamamemError:
         pass

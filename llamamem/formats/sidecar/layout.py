@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,34 +19,51 @@ from gguf import GGUFValueType
 from llamamem.formats.base import AttentionLayer
 from llamamem.formats.gguf_file import GgufField, GgufTensor
 
+NAME_FORMAT = "compact_with_source_name_manifest"
+HEADS = ("q", "k", "v", "o")
+RWKV_MS, DELTA_RULE = "rwkv_ms", "delta_rule"
+MEMORY_KINDS = (RWKV_MS, DELTA_RULE)
+HF_ROWS, NORM_ROWS = "hf", "norm"  # of delta_q and delta_k: the checkpoint's, or permuted for a rope over neighbours
+VECTORS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight", "ln_x.bias")
+
+# versions 1 and 2
 ARCHITECTURE = "rwkv_ms_memory"
 SCHEMA = "delta_mem_rwkv_ms_memory_gguf_sidecar"
-NAME_FORMAT = "compact_with_source_name_manifest"
 PREFIX = "delta_mem."
-HEADS = ("q", "k", "v", "o")
-VECTORS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight", "ln_x.bias")
+SOURCE_PREFIX = "model.language_model.layers."
+
+# version 3
+ARCHITECTURE_3 = "memory_adapter"
+SCHEMA_3 = "memory_adapter_gguf_sidecar"
+PREFIX_3 = "memory_adapter."
+SOURCE_PREFIXES = ("model.layers.", SOURCE_PREFIX)
+
+ARCHITECTURES = (ARCHITECTURE, ARCHITECTURE_3)
 
 # keys of the file, without the prefix, and their types; those for people may be absent
 FOR_PEOPLE = (
     *("status", "memory_type", "base_model", "checkpoint_repo", "base_gguf", "mmproj_gguf", "mmproj_gguf_sha256"),
     *("adapter_metadata_json", "required_runtime_hooks_json"),
 )
+FOR_PEOPLE_3 = (*FOR_PEOPLE, "omitted_tensors_json")
 _STRINGS = (
-    *FOR_PEOPLE,
-    *("schema", "memory_backend", "memory_readout_mode", "base_gguf_sha256", "tensor_name_format"),
-    *("rwkv_ms_boundary_mode", "rwkv_ms_state_dtype", "target_layers_json", "delta_heads_json"),
-    *("per_layer_attention_json", "config_json", "tensor_manifest_json"),
+    *("schema", "memory_readout_mode", "base_gguf_sha256", "tensor_name_format", "target_layers_json"),
+    *("delta_heads_json", "per_layer_attention_json", "config_json", "tensor_manifest_json"),
 )
-_U32 = (
-    *("format_version", "rwkv_ms_semantics_version", "tensor_count", "rank", "num_state_heads", "rwkv_ms_num_states"),
-    "rwkv_ms_chunk_size",
+_NUMBERS = dict.fromkeys(
+    ("format_version", "tensor_count", "rank", "num_state_heads"), GGUFValueType.UINT32
+) | dict.fromkeys(("total_numel", "total_bytes"), GGUFValueType.UINT64)
+_COMMON = dict.fromkeys(_STRINGS, GGUFValueType.STRING) | _NUMBERS | {"alpha": GGUFValueType.FLOAT32}
+_OF_RWKV_MS = dict.fromkeys(("rwkv_ms_boundary_mode", "rwkv_ms_state_dtype"), GGUFValueType.STRING) | dict.fromkeys(
+    ("rwkv_ms_semantics_version", "rwkv_ms_num_states", "rwkv_ms_chunk_size"), GGUFValueType.UINT32
 )
-TYPES = (
-    dict.fromkeys(_STRINGS, GGUFValueType.STRING)
-    | dict.fromkeys(_U32, GGUFValueType.UINT32)
-    | dict.fromkeys(("total_numel", "total_bytes"), GGUFValueType.UINT64)
-    | {"alpha": GGUFValueType.FLOAT32}
+TYPES = dict.fromkeys((*FOR_PEOPLE, "memory_backend"), GGUFValueType.STRING) | _COMMON | _OF_RWKV_MS
+_COMMON_3 = (
+    dict.fromkeys((*FOR_PEOPLE_3, "kind", "base_architecture", "source_prefix", "qk_row_order"), GGUFValueType.STRING)
+    | _COMMON
+    | {"rope_head_dim": GGUFValueType.UINT32}
 )
+TYPES_3 = {RWKV_MS: _COMMON_3 | _OF_RWKV_MS, DELTA_RULE: _COMMON_3}
 
 _SHORT = {
     "memory_q_proj": "mem_q",
@@ -56,15 +74,24 @@ _SHORT = {
     "lambda_proj": "lambda",
     "lambda_bias": "lambda_b",
 } | {f"delta_{head}_proj": f"delta_{head}" for head in HEADS}
-_SOURCE = re.compile(r"model\.language_model\.layers\.(0|[1-9][0-9]{0,4})\.self_attn\.(.+)")
+_SHORT_3 = _SHORT | {"delta_scale_raw": "delta_scale", "delta_o_rmsnorm_weight": "delta_o_norm"}
+_SOURCE = re.compile(r"(model\.(?:language_model\.)?layers\.)(0|[1-9][0-9]{0,4})\.self_attn\.(.+)")
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """A valid sidecar. `fields` and `tensors` are the file's own, in its order."""
+    """A valid sidecar. `fields` and `tensors` are the file's own, in its order.
+
+    A delta rule has one state a head and no semantics, chunk or erase gate of its own: 1, 0, 0 and 1.
+    """
 
     path: Path
     format_version: int
+    kind: str  # of MEMORY_KINDS
+    base_arch: str  # llama.cpp's name
+    source_prefix: str
+    row_order: str  # HF_ROWS or NORM_ROWS
+    rope_head_dim: int  # width of a head whose rows are permuted, 0 with HF_ROWS
     semantics: int
     rank: int
     heads: int  # N, state heads
@@ -74,6 +101,9 @@ class Sidecar:
     erase_gate: float
     update_mode: str
     couple_lambda: bool
+    normalize_qk: bool
+    o_norm_eps: float | None  # of the RMS norm over the delta of o; None: there is none
+    scale_max: float | None  # m_X = scale_max * sigmoid(delta_scale); None: m_X = 1
     hidden: int
     delta_heads: tuple[str, ...]
     layers: tuple[AttentionLayer, ...]
@@ -82,22 +112,38 @@ class Sidecar:
     fields: dict[str, GgufField]
     tensors: dict[str, GgufTensor]
 
+    @property
+    def prefix(self) -> str:
+        """What all keys but `general.*` begin with."""
+        return PREFIX_3 if self.format_version == 3 else PREFIX
+
+    def get(self, key: str) -> Any:
+        """The value of a key, given without the prefix; None if it is not there."""
+        field = self.fields.get(self.prefix + key)
+        return None if field is None else field.value
+
     def weights(self, layer: int) -> dict[str, np.ndarray]:
         """The tensors of one base layer by short name, up-converted to fp32."""
         prefix = f"blk.{layer}."
         return {name.removeprefix(prefix): values(t) for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
-def short_name(source: str) -> str:
-    """A tensor's name in the file, of its name in the checkpoint."""
+def short_name(source: str, is_3: bool = False, prefix: str = SOURCE_PREFIX) -> str:
+    """A tensor's name in a file, of its name in the checkpoint; `is_3` for version 3 of the format."""
     match = _SOURCE.fullmatch(source)
-    if match:
-        layer, tail = match.groups()
-        if tail in _SHORT:
-            return f"blk.{layer}.{_SHORT[tail]}"
+    if match and match[1] == prefix:
+        _, layer, tail = match.groups()
+        known = _SHORT_3 if is_3 else _SHORT
+        if tail in known:
+            return f"blk.{layer}.{known[tail]}"
         if tail.startswith("hrm_rwkv7_core."):
             return f"blk.{layer}.rwkv.{tail.removeprefix('hrm_rwkv7_core.')}"
     return f"tensor.{hashlib.sha1(source.encode()).hexdigest()[:16]}"
+
+
+def source_prefix(sources: Iterable[str]) -> str | None:
+    """The prefix of a checkpoint's names, of the first that has one."""
+    return next((match[1] for name in sources if (match := _SOURCE.fullmatch(name))), None)
 
 
 def values(tensor: GgufTensor) -> np.ndarray:

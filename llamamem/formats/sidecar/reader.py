@@ -1,6 +1,6 @@
 """The sidecar GGUF: reading one, and everything that it is refused for. docs/sidecar.md is what it must be.
 
-Both format versions, semantics 1 and 2.
+All format versions and kinds of memory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from llamamem.formats.findings import Enough, Finding, Findings
 from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf
 from llamamem.formats.sidecar.base import check_base
 from llamamem.formats.sidecar.keys import Said, read_keys
-from llamamem.formats.sidecar.layout import (
-    ARCHITECTURE,
-    Sidecar,
-)
+from llamamem.formats.sidecar.layout import ARCHITECTURES, HF_ROWS, NORM_ROWS, Sidecar
 from llamamem.formats.sidecar.tensors import check_tensors
 
 
@@ -37,7 +34,7 @@ def read_sidecar(path: str | Path) -> Sidecar:
     """
     path, faults = Path(path), Findings(limit=1)
     with _refusing(path, faults):
-        content = faults.attempt(read_gguf, path, ARCHITECTURE)
+        content = faults.attempt(read_gguf, path, ARCHITECTURES)
         assert content is not None
         return _checked(path, *content, faults)
 
@@ -60,7 +57,7 @@ def validate_sidecar(
     path, faults = Path(path), Findings()
     sidecar = None
     with suppress(Enough):
-        content = faults.attempt(read_gguf, path, ARCHITECTURE)
+        content = faults.attempt(read_gguf, path, ARCHITECTURES)
         said = None if content is None else read_keys(content[0], faults)
         if content is not None and said is not None:
             hidden = check_tensors(said, content[1], faults)
@@ -94,15 +91,23 @@ def _sidecar(
     return Sidecar(
         path=path,
         format_version=said.format_version,
-        semantics=said.semantics,
+        kind=said.kind,
+        base_arch=said.base_arch,
+        source_prefix=said.source_prefix,
+        row_order=NORM_ROWS if said.rope_head_dim else HF_ROWS,
+        rope_head_dim=said.rope_head_dim,
+        semantics=said.semantics or 0,
         rank=said.sizes["rank"],
         heads=said.sizes["num_state_heads"],
-        states=said.sizes["rwkv_ms_num_states"],
-        chunk=said.sizes["rwkv_ms_chunk_size"],
+        states=said.sizes.get("rwkv_ms_num_states", 1),
+        chunk=said.sizes.get("rwkv_ms_chunk_size", 0),
         alpha=said.alpha,
-        erase_gate=said.erase_gate,
+        erase_gate=1.0 if said.erase_gate is None else said.erase_gate,
         update_mode=said.update_mode,
         couple_lambda=said.couple_lambda,
+        normalize_qk=said.normalize_qk,
+        o_norm_eps=said.o_norm_eps if said.o_norm else None,
+        scale_max=said.scale_max if said.scaled else None,
         hidden=hidden,
         delta_heads=tuple(said.delta_heads),
         layers=tuple(layer for layer in said.layers.values() if layer is not None),

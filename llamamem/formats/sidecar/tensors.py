@@ -15,7 +15,7 @@ from llamamem.formats.base import AttentionLayer
 from llamamem.formats.findings import Findings, quoted
 from llamamem.formats.gguf_file import TYPE_SIZE, GgufTensor
 from llamamem.formats.sidecar.keys import Said
-from llamamem.formats.sidecar.layout import HEADS, PREFIX, VECTORS, short_name, values
+from llamamem.formats.sidecar.layout import HEADS, PREFIX, PREFIX_3, RWKV_MS, VECTORS, short_name, values
 
 Shape = tuple[int, ...]
 
@@ -27,6 +27,7 @@ class _Place(NamedTuple):
 
     shape: tuple[int | None, ...]
     optional: bool = False
+    zero: bool = False  # all of its values must be: nothing reads it
 
 
 def check_tensors(said: Said, tensors: Mapping[str, GgufTensor], faults: Findings) -> int | None:
@@ -38,7 +39,8 @@ def check_tensors(said: Said, tensors: Mapping[str, GgufTensor], faults: Finding
     }
     for key, count in said.counts.items():
         if count != found[key]:
-            text = f"key '{PREFIX}{key}' is {count}, but the file has {found[key]}"
+            prefix = PREFIX_3 if said.is_3 else PREFIX
+            text = f"key '{prefix}{key}' is {count}, but the file has {found[key]}"
             faults.add(LlamamemError(text, reason="disagree"))
     manifest = None if said.manifest is None else _read_manifest(said.manifest, tensors, faults)
 
@@ -55,12 +57,12 @@ def check_tensors(said: Said, tensors: Mapping[str, GgufTensor], faults: Finding
             name = f"blk.{layer}.{short}"
             placed.add(name)
             if name in tensors:
-                _check_tensor(tensors[name], place, manifest, faults)
+                _check_tensor(said, tensors[name], place, manifest, faults)
             elif not place.optional:
                 faults.add(LlamamemError(f"tensor '{name}' is missing; export it again", reason="tensor-missing"))
     for name in sorted(tensors.keys() - placed):
         if said.layers is None:
-            _check_tensor(tensors[name], None, manifest, faults)
+            _check_tensor(said, tensors[name], None, manifest, faults)
         else:
             text = f"tensor {quoted(name)} is unknown, or of a layer that is no target: it may change the maths"
             faults.add(LlamamemError(text, reason="tensor-unknown"))
@@ -76,26 +78,47 @@ def _places(said: Said, attention: AttentionLayer | None, hidden: int | None, lo
     rank, heads = said.sizes.get("rank"), said.sizes.get("num_state_heads")
     D = None if rank is None or heads is None else rank * heads
     G = {True: D, False: heads, None: None}[said.rankwise_gates]
+    is_rwkv_ms = said.kind == RWKV_MS
     places = {
         "mem_v": _Place((D, hidden)),
-        "mem_q": _Place((D, hidden), optional=True),  # of other backends
-        "mem_k": _Place((D, hidden), optional=True),
+        "mem_q": _Place((D, hidden), optional=is_rwkv_ms),  # there of other kinds
+        "mem_k": _Place((D, hidden), optional=is_rwkv_ms),
         "beta": _Place((G, hidden)),
         "beta_b": _Place((G,)),
     }
     if not said.couple_lambda:
         unknown = said.couple_lambda is None
         places |= {"lambda": _Place((G, hidden), unknown), "lambda_b": _Place((G,), unknown)}
-    places |= {f"rwkv.{x}": _Place((D,)) for x in VECTORS}
-    places |= {f"rwkv.{x}.weight": _Place((D, D)) for x in ("receptance", "key", "value", "output")}
-    for x in "wag":
-        places |= {f"rwkv.{x}1": _Place((D, lora)), f"rwkv.{x}2": _Place((lora, D))}
+    places |= _core_places(D, lora) if is_rwkv_ms else _delta_places(said, attention)
     active = said.delta_heads or ()
     for head in HEADS:
         if attention is None:
             places[f"delta_{head}"] = _Place((None, D), optional=True)
         elif width := attention.width(head):
-            places[f"delta_{head}"] = _Place((width, D), optional=head not in active)
+            idle = head not in active
+            places[f"delta_{head}"] = _Place((width, D), optional=idle, zero=idle and not is_rwkv_ms)
+    return places
+
+
+def _core_places(D: int | None, lora: int | None) -> dict[str, _Place]:
+    """Of an RWKV-MS: its core."""
+    places = {f"rwkv.{x}": _Place((D,)) for x in VECTORS}
+    places |= {f"rwkv.{x}.weight": _Place((D, D)) for x in ("receptance", "key", "value", "output")}
+    for x in "wag":
+        places |= {f"rwkv.{x}1": _Place((D, lora)), f"rwkv.{x}2": _Place((lora, D))}
+    return places
+
+
+def _delta_places(said: Said, attention: AttentionLayer | None) -> dict[str, _Place]:
+    """Of a delta rule: what its deltas are scaled and normed with."""
+    places = {}
+    if said.scaled is not False:
+        size = {"layer": 1, "head": len(HEADS), None: None}[said.scale_granularity]
+        places["delta_scale"] = _Place((size,), optional=said.scaled is None)
+    if said.o_norm is not False and (attention is None or attention.o_out):
+        needed = said.o_norm is True and said.delta_heads is not None and "o" in said.delta_heads
+        width = None if attention is None else attention.o_out
+        places["delta_o_norm"] = _Place((width,), optional=attention is None or not needed)
     return places
 
 
@@ -117,29 +140,36 @@ def _read_manifest(entries: list[Any], tensors: Mapping[str, GgufTensor], faults
     return manifest
 
 
-def _check_tensor(tensor: GgufTensor, place: _Place | None, manifest: dict[str, Any] | None, faults: Findings) -> None:
+def _check_tensor(
+    said: Said, tensor: GgufTensor, place: _Place | None, manifest: dict[str, Any] | None, faults: Findings
+) -> None:
     if place is not None:
-        faults.attempt(_check_shape, tensor, place.shape)
+        faults.attempt(_check_shape, tensor, place.shape, exact=said.is_3)
     if manifest is not None:
-        faults.attempt(_check_entry, tensor, manifest.get(tensor.name))
+        faults.attempt(_check_entry, said, tensor, manifest.get(tensor.name))
         faults.attempt(_check_hash, tensor, manifest.get(tensor.name))
     faults.attempt(_check_values, tensor)
+    if place is not None and place.zero:
+        faults.attempt(_check_zero, tensor)
 
 
-def _check_shape(tensor: GgufTensor, want: tuple[int | None, ...]) -> None:
+def _check_shape(tensor: GgufTensor, want: tuple[int | None, ...], exact: bool) -> None:
+    """The files of versions 1 and 2 that there are may lack leading ones; where they are more, nothing is broadcast."""
     known = tuple(n for n in want if n is not None)
-    if len(known) == len(want) and _plain(tensor.shape) != _plain(known):
+    same = tensor.shape == known if exact else _plain(tensor.shape) == _plain(known)
+    if len(known) == len(want) and not same:
         text = f"tensor {quoted(tensor.name)} has shape {list(tensor.shape)}, must be {list(known)}"
         raise LlamamemError(text, reason="tensor-shape")
 
 
-def _check_entry(tensor: GgufTensor, entry: dict[str, Any] | None) -> None:
+def _check_entry(said: Said, tensor: GgufTensor, entry: dict[str, Any] | None) -> None:
     where = f"tensor_manifest_json: tensor {quoted(tensor.name)}"
     if entry is None:
         raise LlamamemError(f"{where} has no entry", reason="manifest")
     source, kind, shape = entry.get("source_name"), entry.get("gguf_type"), entry.get("shape")
     as_said = {
-        "source_name": isinstance(source, str) and short_name(source) == tensor.name,
+        "source_name": isinstance(source, str)
+        and (said.source_prefix is None or short_name(source, said.is_3, said.source_prefix) == tensor.name),
         "shape": isinstance(shape, list)
         and all(type(n) is int for n in shape)
         and _plain(tuple(shape)) == _plain(tensor.shape),
@@ -171,6 +201,15 @@ def _check_values(tensor: GgufTensor) -> None:
             at = start // size + int(finite.argmin())
             text = f"tensor {quoted(tensor.name)} holds NaN or infinity, first at value {at}"
             raise LlamamemError(text, reason="tensor-nonfinite")
+
+
+def _check_zero(tensor: GgufTensor) -> None:
+    if any(tensor.data) and np.any(values(tensor)):
+        text = (
+            f"tensor {quoted(tensor.name)} is not zero, but delta head {tensor.name[-1]} is not active: "
+            "make it active, or leave the tensor out"
+        )
+        raise LlamamemError(text, reason="tensor-inactive")
 
 
 def _plain(shape: Shape) -> Shape:

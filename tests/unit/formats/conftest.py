@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from model_fixtures import models  # noqa: F401
 
 from llamamem.formats.sidecar.export import export_sidecar
 
