@@ -3,7 +3,7 @@
     python tools/store_conformance.py                     # the sizes of docs/stores.md
     python tools/store_conformance.py --kind valkey --only killed_server --kills 100
 
-Prints a line a check and exits 1 if one failed. The servers are Debian's redis-server, or valkey-server, and postgresql.
+Prints a line a check, exits 1 if one failed. The servers are Debian's redis-server, or valkey-server, and postgresql.
 """
 
 from __future__ import annotations

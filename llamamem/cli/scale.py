@@ -19,6 +19,7 @@ _APPLICATION = "llamamem"
 # On a busy machine Ray's own processes take longer to start than it waits for them.
 _PATIENCE = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # they are what this machine is for
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
@@ -56,7 +57,7 @@ def scale(
         str | None, typer.Option(help="A Ray cluster that runs; else one is started here, and ended.")
     ] = None,
 ) -> None:
-    """Serve a base GGUF with its memory by replicas behind one URL, until Ctrl-C. Arguments after -- go to llama-server.
+    """Serve a base GGUF with its memory by replicas behind one URL, until Ctrl-C. What follows -- goes to llama-server.
 
     Requests with the header X-Session-Id go to one replica a session, by Ray's consistent-hash router; that one dead,
     others go on with the session from the store. configs/ray-serve.yaml is the same for a cluster, with autoscaling.
@@ -73,7 +74,7 @@ def scale(
     except ImportError:
         raise LlamamemError("Ray is missing; pip install 'llamamem[scale]'") from None
     from llamamem.gateway.access import is_loopback
-    from llamamem.scale.app import Memory
+    from llamamem.scale.app import MEMORY
     from llamamem.scale.replica import STORE, Options
 
     told: dict[str, Any] = {
@@ -104,11 +105,12 @@ def scale(
         started: dict[str, Any] = {"num_cpus": replicas, "include_dashboard": False} if address is None else {}
 
         def deploy() -> None:
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **started)
             serve.start(http_options={"host": host, "port": port})
-            serve.run(Memory.options(num_replicas=replicas).bind(told), name=_APPLICATION, route_prefix="/")
+            serve.run(MEMORY.options(num_replicas=replicas).bind(told), name=_APPLICATION, route_prefix="/")
 
         try:
+            # here, not beside: the kernel ties Ray's processes to the thread that made them
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **started)
             _run(signals, deploy)
             if not signals.received:
                 print(
@@ -118,6 +120,8 @@ def scale(
                 )
             while not signals.received:
                 time.sleep(0.1)
+        except (OSError, RuntimeError, ray.exceptions.RayError) as e:
+            raise LlamamemError(f"Ray does not start: {str(e).splitlines()[0]}") from None
         finally:
             if ray.is_initialized():
                 serve.delete(_APPLICATION) if address else serve.shutdown()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from llamamem.scale.replica import Options, Replica
@@ -16,18 +17,8 @@ from llamamem.scale.replica import Options, Replica
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
-@serve.deployment(
-    name="memory",
-    num_replicas=1,
-    max_ongoing_requests=64,
-    health_check_period_s=2,
-    health_check_timeout_s=10,
-    graceful_shutdown_timeout_s=20,
-    ray_actor_options={"num_cpus": 1},
-    request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-)
 @serve.ingress()
-class Memory:
+class _Replica:
     """One replica. Its health is that of the light probe; one that fails it is replaced by Ray."""
 
     def __init__(self, told: dict[str, Any]) -> None:
@@ -44,7 +35,20 @@ class Memory:
             self._replica.__exit__()
 
 
-def application(args: dict[str, Any]) -> Any:
+MEMORY: Any = serve.deployment(
+    name="memory",
+    num_replicas=1,
+    max_ongoing_requests=64,
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=20,
+    ray_actor_options={"num_cpus": 1},
+    request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+)(_Replica)
+
+
+def application(args: dict[str, Any]) -> Application:
     """What `import_path: llamamem.scale.app:application` names; `args` are those of Options, which are checked here."""
     Options.of(args)
-    return Memory.bind(args)
+    bound: Application = MEMORY.bind(args)
+    return bound
