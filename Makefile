@@ -50,13 +50,20 @@ build: python
 demo: setup
 	$(LLAMAMEM) demo
 
-# 0.8 GB of random weights in the layer shape of Gemma 4 E4B, made once
-build/bench/wide.gguf: tools/make_model.py | $(VENV)/.package
-	mkdir -p build/bench
-	$(BIN)/python tools/make_model.py --preset wide --output $@ --sidecar build/bench/wide-memory.gguf
+# 0.8 GB of random weights in the layer shape of Gemma 4 E4B, made once, and the same as Q4_K_M
+WIDE := build/bench/wide
 
-bench: setup build/bench/wide.gguf
-	$(LLAMAMEM) bench --model build/bench/wide.gguf --sidecar build/bench/wide-memory.gguf
+$(WIDE).gguf: tools/make_model.py | $(VENV)/.package
+	mkdir -p $(@D)
+	$(BIN)/python tools/make_model.py --preset wide --output $@ --sidecar $(WIDE)-memory.gguf
+
+$(WIDE)-q4_k_m.gguf: $(WIDE).gguf | build
+	"$$($(LLAMAMEM) build)/bin/llama-quantize" --allow-requantize $< $@ Q4_K_M > $@.log 2>&1
+	$(LLAMAMEM) sidecar rebind $(WIDE)-memory.gguf --base $@ --output $(WIDE)-q4_k_m-memory.gguf
+
+bench: setup $(WIDE).gguf $(WIDE)-q4_k_m.gguf
+	$(LLAMAMEM) bench --model $(WIDE).gguf --sidecar $(WIDE)-memory.gguf $(BENCH)
+	$(LLAMAMEM) bench --model $(WIDE)-q4_k_m.gguf --sidecar $(WIDE)-q4_k_m-memory.gguf $(BENCH)
 
 # each reader for so long
 SECONDS ?= 60

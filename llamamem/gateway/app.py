@@ -141,17 +141,17 @@ class Gateway:
         asked = named(path, exchange.query, exchange.headers, body, self.settings.headers)
         if body.get("id_slot", -1) != -1 and not caller.operator:
             raise Refusal(403, "id_slot: a slot's own memory is for operators; name a session instead", "operator")
+        own = body.get(asked.spelling)
         if asked.session is None or asked.mode == "off":
-            extras = {name: value for name, value in body.items() if name != "rwkv_ms"}
-            extras |= {"rwkv_ms": asked.extras} if asked.extras else {}
-            if not isinstance(body.get("rwkv_ms", {}), dict):
-                extras["rwkv_ms"] = body["rwkv_ms"]  # the server says what is wrong with it
-            await self._pass(exchange, path.path, json.dumps(extras).encode())
+            if isinstance(own, dict):  # what is left of it; what is no object, the server refuses
+                body = {name: value for name, value in body.items() if name != asked.spelling}
+                body |= {asked.spelling: asked.extras} if asked.extras else {}
+            await self._pass(exchange, path.path, json.dumps(body).encode())
             return
-        if not isinstance(body.get("rwkv_ms") or {}, dict):
-            raise Refusal(400, "rwkv_ms is not an object")
+        if not isinstance(own, dict | None):
+            raise Refusal(400, f"{asked.spelling} is not an object")
         if "memory" in asked.extras:
-            raise Refusal(400, "rwkv_ms.memory: the request names a session too, whose memory it runs on; give one")
+            raise Refusal(400, "the request brings a memory and names a session, whose memory it runs on: give one")
         if asked.mode == "on" and body.get("n", 1) not in (None, 1):
             raise Refusal(400, "n: a session goes on with one answer; ask with memory=read for more")
         exchange.fields["session"] = hashed_name(caller.namespace, asked.session)

@@ -30,6 +30,7 @@ class Exchange:
         for name, value in scope["headers"]:
             self.headers.setdefault(name.decode("latin-1"), []).append(value)
         self.status = 0  # of the answer, once it is started
+        self.ended = False
         self.added: list[tuple[bytes, bytes]] = []  # headers of every answer to this request
         self.fields: dict[str, Any] = {}
         self._receive = receive
@@ -57,7 +58,7 @@ class Exchange:
         """The object in the body; Refusal for anything else."""
         data = await self.body()
         try:
-            value = json.loads(data or b"{}")
+            value = json.loads(data)
         except (ValueError, RecursionError):  # the reason would have a piece of the text in it
             raise Refusal(400, "the body is not JSON") from None
         if not isinstance(value, dict):
@@ -65,9 +66,11 @@ class Exchange:
         return value
 
     async def gone(self) -> None:
-        """Returns when the client has hung up, or all was answered."""
+        """Returns when the client has hung up; never once all was answered."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        if self.ended:
+            await asyncio.Event().wait()
 
     async def start(self, status: int, headers: HeaderList) -> None:
         self.status = status
@@ -78,6 +81,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes = b"") -> None:
+        self.ended = True
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def answer(

@@ -12,10 +12,12 @@ from llamamem.gateway.errors import Refusal
 from llamamem.sessions.session import check_name
 
 Mode = Literal["on", "read", "off"]
+Spelling = Literal["rwkv_ms", "memory_adapter"]
 
 SESSION_HEADERS = ("x-session-id", "x-litellm-session-id", "x-openclaw-session-key", "x-openwebui-user-id")
 CONVERSATION_HEADERS = ("x-conversation-id", "x-openwebui-chat-id")
-OURS = ("session", "conversation", "mode")  # members of rwkv_ms that the server does not know
+SPELLINGS: tuple[Spelling, ...] = ("rwkv_ms", "memory_adapter")  # of the member that is about the memory
+OURS = ("session", "conversation", "mode")  # what of it the server does not know
 
 _MAX_BYTES = 255
 _MODE_HEADER = "x-memory"
@@ -40,11 +42,12 @@ class Path:
 
 @dataclass(frozen=True)
 class Named:
-    """`extras` is what the request's own `rwkv_ms` leaves for the server."""
+    """`extras` is what the request's own member about the memory, spelled so, leaves for the server."""
 
     session: str | None
     conversation: str | None
     mode: Mode
+    spelling: Spelling = "rwkv_ms"
     extras: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,14 +92,18 @@ def named(
     path: Path, query: bytes, headers: Mapping[str, list[bytes]], body: Mapping[str, Any] | None, known: Headers
 ) -> Named:
     """Of a request that generates. Raises Refusal for a name that cannot be, and for what contradicts itself."""
-    own = (body or {}).get("rwkv_ms")
+    body = body or {}
+    spelled = [spelling for spelling in SPELLINGS if spelling in body]
+    if len(spelled) > 1:
+        raise Refusal(400, "rwkv_ms and memory_adapter are one member with two names: give one of them")
+    own = body[spelled[0]] if spelled else None
     ours = own if isinstance(own, dict) else {}
-    session = path.session or _first(headers, known.session, "session") or _of_body(body or {}, ours)
+    session = path.session or _first(headers, known.session, "session") or _of_body(body, ours)
     conversation = _first(headers, known.conversation, "conversation")
     if conversation is None and ours.get("conversation") is not None:
         conversation = _short(str(ours["conversation"]), "rwkv_ms.conversation")
     extras = {name: value for name, value in ours.items() if name not in OURS}
-    return Named(session, conversation, _mode(query, headers, ours), extras)
+    return Named(session, conversation, _mode(query, headers, ours), spelled[0] if spelled else "rwkv_ms", extras)
 
 
 def _first(headers: Mapping[str, list[bytes]], names: Sequence[str], what: str) -> str | None:

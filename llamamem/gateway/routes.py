@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llamamem.gateway.naming import SPELLINGS
 from llamamem.gateway.turns import Answer, Asked, Message, hashed, message_hash
 
 Kind = Literal["chat", "completions", "completion", "responses", "messages", "infill"]
@@ -23,7 +24,7 @@ GENERATES: dict[str, Kind] = {
     "/infill": "infill",
 }
 
-TOLD = b'"rwkv_ms":'
+TOLD = tuple(f'"{spelling}":'.encode() for spelling in SPELLINGS)
 
 # what anybody with a key may ask of the server beside them; all else is for operators
 PLAIN = {
@@ -43,12 +44,12 @@ PLAIN = {
 # Bytes that stand in the first event of an answer's end, and in none before: in a text quotes are escaped. The last
 # event is known by what it tells of the memory; a client may hang up at one of the others, and take that for the end.
 ENDS: dict[Kind, tuple[bytes, ...]] = {
-    "chat": (b'"finish_reason":"', TOLD),
-    "completions": (b'"finish_reason":"', TOLD),
-    "completion": (b'"stop":true', TOLD),
-    "infill": (b'"stop":true', TOLD),
-    "responses": (b'"response.completed"', TOLD),
-    "messages": (b'"message_delta"', b'"message_stop"', TOLD),
+    "chat": (b'"finish_reason":"', *TOLD),
+    "completions": (b'"finish_reason":"', *TOLD),
+    "completion": (b'"stop":true', *TOLD),
+    "infill": (b'"stop":true', *TOLD),
+    "responses": (b'"response.completed"', *TOLD),
+    "messages": (b'"message_delta"', b'"message_stop"', *TOLD),
 }
 
 
@@ -95,7 +96,7 @@ class Listener:
 
     def hear(self, event: Mapping[str, Any]) -> None:
         self.error = self.error or "error" in event or event.get("type") == "error"
-        if (told := rwkv_ms_of(event)) is not None:
+        if (told := told_in(event)) is not None:
             self.last = told
         _HEARS[self.kind](self, event)
 
@@ -146,12 +147,13 @@ _HEARS: dict[Kind, Callable[[Listener, Mapping[str, Any]], None]] = {
 }
 
 
-def rwkv_ms_of(answer: Mapping[str, Any]) -> dict[str, Any] | None:
+def told_in(answer: Mapping[str, Any]) -> dict[str, Any] | None:
     """What an answer, or the last object of one, tells of the memory."""
     response = answer.get("response")
     for place in (answer, response if isinstance(response, dict) else {}):
-        if isinstance(place.get("rwkv_ms"), dict):
-            return place["rwkv_ms"]
+        for spelling in SPELLINGS:
+            if isinstance(place.get(spelling), dict):
+                return place[spelling]
     return None
 
 

@@ -19,7 +19,7 @@ from llamamem.gateway.exchange import Exchange, while_there
 from llamamem.gateway.held import Held, HeldSessions
 from llamamem.gateway.metrics import Metrics
 from llamamem.gateway.naming import Named
-from llamamem.gateway.routes import ENDS, TOLD, Kind, Listener, answer, asked, events_of, rwkv_ms_of
+from llamamem.gateway.routes import ENDS, TOLD, Kind, Listener, answer, asked, events_of, told_in
 from llamamem.gateway.turns import Answer, Asked, after, goes_on
 from llamamem.gateway.upstream import Served, Upstream, carried, check_identity, gone, memory_of
 from llamamem.sessions.session import Conflict, Missing
@@ -166,7 +166,7 @@ class _Turn:
         return record.origin if self._went_on else record.state
 
     def _opened(self, origin: bytes | None, *, frozen: bool) -> Any:
-        body = {**self._body, "rwkv_ms": carried(origin, self.named.extras, frozen=frozen)}
+        body = {**self._body, self.named.spelling: carried(origin, self.named.extras, frozen=frozen)}
         content = json.dumps(body).encode()
         return self._upstream.open("POST", self._path, content=content, headers=passed_headers(self.exchange))
 
@@ -175,7 +175,7 @@ class _Turn:
             data = json.loads(await response.aread())
         except (httpx.TransportError, ValueError):
             raise gone() from None
-        told = rwkv_ms_of(data)
+        told = told_in(data)
         await self._settle(held, told, answer(self._kind, data), origin, served)
         await self.exchange.answer_json(data)
 
@@ -202,8 +202,10 @@ class _Turn:
         if listener.error:  # the server said so itself
             await self.exchange.end(tail + rest)
             return
+        if listener.last is None:
+            raise gone()
         await self._settle(held, listener.last, listener.answer(), origin, served)
-        await self.exchange.end(_retold(tail + rest, listener.last or {}))
+        await self.exchange.end(_retold(tail + rest, listener.last))
 
     def _end_in(self, events: bytes) -> int:
         """Where the events of the answer's end begin."""
@@ -236,12 +238,14 @@ class _Turn:
 
 def _retold(events: bytes, told: dict[str, Any]) -> bytes:
     """The events of the end, with `told` as what they tell of the memory."""
-    return b"\n\n".join(_with(event, told) if TOLD in event else event for event in events.split(b"\n\n"))
+    said = (_with(event, told) if any(mark in event for mark in TOLD) else event for event in events.split(b"\n\n"))
+    return b"\n\n".join(said)
 
 
 def _with(event: bytes, told: dict[str, Any]) -> bytes:
     head, _, data = event.rpartition(b"data:")
     value = json.loads(data)
-    place = value if "rwkv_ms" in value else value["response"]
-    place["rwkv_ms"] = told
+    if (place := told_in(value)) is not None:
+        place.clear()
+        place.update(told)
     return head + b"data: " + json.dumps(value).encode()

@@ -224,6 +224,7 @@ class DirectoryStore(Rows):
 
     def _add_key_text(self, id: str, text: str) -> bool:
         with self._reported():
+            private_directory(self.path)
             private_directory(self.path / "keys")
             with self._lock("keys"):
                 if (self.path / "keys" / f"{id}.json").exists():
