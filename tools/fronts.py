@@ -105,6 +105,11 @@ class Cluster:
                     gateway.kill()
                     gateway.start(wait=False)
 
+    @property
+    def api(self) -> str:
+        """Where sessions are told of: LiteLLM passes that on to nobody."""
+        return self._gateways[0].url if self.front == "litellm" else self.url
+
     def _answers(self) -> bool:
         path = "/health/liveliness" if self.front == "litellm" else "/health"
         try:

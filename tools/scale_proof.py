@@ -31,19 +31,25 @@ from entitled.fresh import NEAR_TIE, Reference
 from entitled.memory import Memory, differ, distance
 from entitled.wire import HttpServer
 from fronts import FRONTS, Cluster
-from once.ask import Answer, Refused, Way, ask
+from once.ask import CHAT, Answer, Refused, Way, ask
 from once.rules import Fresher, Known, Said, Talk, with_answer
 
 from llamamem.formats.demo_files import demo_files
 from llamamem.native.build import find_build
 from llamamem.reference import language
 
-WAY = Way("/v1/chat/completions", "x-session-id", "x-conversation-id")
 PATIENCE = 120.0  # seconds until somebody answers again
 
 
 class Wrong(Exception):
     pass
+
+
+class WithModel(httpx.Client):
+    """LiteLLM wants to be told the model."""
+
+    def stream(self, method: str, url: Any, *, json: Any = None, **options: Any) -> Any:
+        return super().stream(method, url, json={**json, "model": "llamamem"}, **options)
 
 
 @dataclass
@@ -69,9 +75,13 @@ class Tally:
 class Talker:
     """A session with one client, which asks again when it gets no answer."""
 
-    def __init__(self, name: str, seed: str, url: str, fresher: Fresher, tally: Tally) -> None:
+    def __init__(self, name: str, seed: str, cluster: Cluster, fresher: Fresher, tally: Tally) -> None:
         self.name, self.rng, self.fresher, self.tally = name, random.Random(seed), fresher, tally
-        self.http = httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE)
+        options: dict[str, Any] = {"trust_env": False, "timeout": PATIENCE}
+        self.litellm = cluster.front == "litellm"  # which passes nothing on of what the gateway says of memory
+        self.http = (WithModel if self.litellm else httpx.Client)(base_url=cluster.url, **options)
+        self.api = httpx.Client(base_url=cluster.api, **options)
+        self.way = Way(CHAT, "x-litellm-session-id" if self.litellm else "x-session-id", "x-conversation-id")
         self.known = Known()
         self.deaths = 0
 
@@ -94,7 +104,7 @@ class Talker:
             self.cut(id, talk, n)
             return None
         on, origin = self.known.runs_on(id, talk, False)
-        if answer.told.get("origin") != origin.origin:
+        if not self.litellm and answer.told.get("origin") != origin.origin:
             raise Wrong(f"it ran on memory {str(answer.told.get('origin'))[:8]}, not on {origin}")
         fresh = self.fresher.answer(origin, talk, False, n)
         memory = self.memory(self.known.generation + 1)
@@ -113,10 +123,11 @@ class Talker:
 
     def asked(self, id: str, talk: Talk, n: int, kill: Callable[[], None] | None) -> Answer:
         if kill is None:
-            return ask(self.http, WAY, self.name, talk, id=id, n=n, stream=self.rng.random() < 0.5)
+            stream = self.rng.random() < 0.5 and not self.litellm
+            return ask(self.http, self.way, self.name, talk, id=id, n=n, stream=stream)
         body = {"messages": [vars(said) for said in talk], "stream": True, "max_tokens": 1500, "ignore_eos": True}
-        headers = {"x-session-id": self.name, "x-conversation-id": id}
-        with self.http.stream("POST", WAY.route, json=body, headers=headers) as response:
+        headers = {self.way.named_by: self.name, "x-conversation-id": id}
+        with self.http.stream("POST", CHAT, json=body, headers=headers) as response:
             for i, line in enumerate(response.iter_lines()):
                 if i == 8:
                     kill()
@@ -160,7 +171,7 @@ class Talker:
         until = time.monotonic() + PATIENCE
         while True:
             with suppress(httpx.TransportError):
-                reply = self.http.get(path, headers={"x-session-id": self.name})
+                reply = self.api.get(path, headers={"x-session-id": self.name})
                 if reply.status_code < 500:
                     return reply
             if time.monotonic() > until:
@@ -225,7 +236,7 @@ def main() -> int:
         fresher = Fresher(Reference(reference), reference)
 
         def talker(i: int) -> Talker:
-            return Talker(f"proof-{args.seed}-{i}", f"{args.seed} {i}", cluster.url, fresher, tally)
+            return Talker(f"proof-{args.seed}-{i}", f"{args.seed} {i}", cluster, fresher, tally)
 
         one = talker(-1)
         first = (Said("user", "hello."),)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,7 +132,7 @@ def scale(
     raise typer.Exit(STOPPED)
 
 
-def _run(signals: Signals, deploy: Any) -> None:
+def _run(signals: Signals, deploy: Callable[[], object]) -> None:
     """Until the replicas are ready. Raises LlamamemError when they do not become so."""
     fault: list[Exception] = []
 
@@ -144,6 +147,16 @@ def _run(signals: Signals, deploy: Any) -> None:
     while thread.is_alive() and not signals.received:
         thread.join(0.1)
     if fault:
-        raise LlamamemError(
-            f"the replicas did not start: {str(fault[0]).splitlines()[0]}; Ray's log has more"
-        ) from None
+        raise LlamamemError(f"the replicas did not start: {_why(fault[0])}; the logs of Ray are in /tmp/ray") from None
+
+
+def _why(fault: Exception) -> str:
+    """What a replica said, if one did, and not the traceback around it."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        for application in serve.status().applications.values():
+            for deployment in application.deployments.values():
+                if found := re.findall(r"LlamamemError: (.+)", deployment.message):
+                    return str(found[-1])
+    return str(fault).splitlines()[0]
