@@ -10,6 +10,8 @@ CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches
 
 # what is shared, the environment and the build, is made once; the closing lines stay pytest's
 .NOTPARALLEL:
+# half a model is none
+.DELETE_ON_ERROR:
 
 help:
 	@echo "make setup   the environment in .venv and the native build"

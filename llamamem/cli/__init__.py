@@ -121,6 +121,9 @@ def _run() -> int:
         _say(f"a name is not valid in this encoding ({error}); rename the file, or use a UTF-8 locale")
         return 2
     except OSError as error:
+        if surroundings.is_nowhere():
+            _say("the directory that this runs in is gone; change to another")
+            return 2
         if (lost := surroundings.lost_output(error)) is None:
             raise
         return lost
