@@ -116,8 +116,8 @@ def export(
         )
     _report(sidecar)
     if sidecar.base_arch not in TESTED:
-        text = f"warning: no test is about a memory on architecture {printable(sidecar.base_arch)}: compare logits before"
-        typer.echo(f"{text} you trust it (docs/porting.md), and serve it with `-- --memory-untested`", err=True)
+        text = f"warning: no test is about a memory on architecture {printable(sidecar.base_arch)}: compare logits"
+        typer.echo(f"{text} before you trust it (docs/porting.md), and serve it with `-- --memory-untested`", err=True)
 
 
 def inspect(
