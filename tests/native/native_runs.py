@@ -61,6 +61,22 @@ def logits_after_kv_dropped(
         return after.decode(second), after.states()
 
 
+def saved_memory(base: Path, sidecar: Path, ids: np.ndarray, path: Path) -> None:
+    """Writes the memory of some ids as a file of its own."""
+    with Model.open(base, sidecar) as model, _context(model, len(ids), {}) as context:
+        context.decode(ids)
+        context.save_memory(path)
+
+
+def base_refusal(base: Path, sidecar: Path) -> str:
+    """Why the runtime does not give that base that sidecar; empty if it does."""
+    try:
+        Model.open(base, sidecar).close()
+    except LlamamemError as e:
+        return str(e)
+    return ""
+
+
 def logits_at_scale(
     base: Path, sidecar: Path, ids: np.ndarray, *, frozen: bool = False, scale: float = 1.0
 ) -> np.ndarray:
