@@ -32,9 +32,9 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# again where a package is new: the editable install has a list of them
+# again where a package is new: the editable install has a list of them. By the environment: pip of Debian 12 has no -C
 $(VENV)/.package: pyproject.toml $(wildcard llamamem/*/__init__.py llamamem/*/*/__init__.py) | $(VENV)/.venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev]'
+	SKBUILD_CMAKE_DEFINE=LLAMAMEM_NATIVE=OFF $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 # The bindings come from the pinned sdist, by hash, with nothing compiled: never a second, stock llama.cpp.
@@ -90,7 +90,7 @@ test-reference: $(VENV)/.reference
 	$(BIN)/python -m pytest tests/reference
 
 $(VENV)/.reference: $(VENV)/.bindings
-	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev,reference]'
+	SKBUILD_CMAKE_DEFINE=LLAMAMEM_NATIVE=OFF $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,reference]'
 	@touch $@
 
 # the op on every GPU, then whole models and a server; each is skipped by name where there is no GPU

@@ -167,7 +167,7 @@ def _native(
             sidecar = None if config is None else given or Path(scratch) / f"memory-{i}.gguf"
             if sidecar is not None and sidecar != given:
                 export_sidecar(fixture.path, gguf, sidecar, config=config)
-            with Model.open(gguf, sidecar) as model:
+            with Model.open(gguf, sidecar, untested=True) as model:  # this is the test
                 for case in (case for case in fixture.cases if case.config == config):
                     for n_ubatch in (1,) if case.step else ubatches:
                         how = "native, step" if case.step else f"native, -ub {n_ubatch}"
