@@ -1,11 +1,11 @@
-"""What a gateway costs: time to the first token and throughput against the bare server, by turns; its memory over many turns.
+"""What a gateway costs: time to the first token and throughput against the bare server, and its memory over many turns.
 
     python tools/bench_gateway.py                       # 1, 16 and 64 streams
     python tools/bench_gateway.py --turns 10000         # and the gateway's own memory over so many turns
 
 One llama-server with the demo model is asked directly and through a gateway in a process of its own, in rounds that
-alternate. Bare requests have no memory; those through the gateway are turns of sessions, loaded from the store and saved
-to it. Every request is a new conversation, streamed, of as many tokens. Figures are medians over the rounds.
+alternate. Bare requests have no memory; those through the gateway are turns of sessions, loaded from the store and
+saved to it. Every request is a new conversation, streamed, of as many tokens. Figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ async def ask(port: int, body: dict[str, Any], headers: str = "") -> tuple[float
 
 
 async def round_of(port: int, streams: int, each: int, tokens: int, *, sessions: bool) -> tuple[list[float], float]:
-    """So many streams at a time, each some requests one after another: times to the first token, and tokens a second."""
+    """So many streams at a time, each some requests in a row: seconds to the first token, and tokens a second."""
     firsts, total = [], 0
     began = time.perf_counter()
 
@@ -192,7 +192,7 @@ def main() -> int:
 def told(found: dict[str, Any]) -> str:
     first, p99, speed = found["first_ms"], found["first_p99_ms"], found["tokens_per_s"]
     return (
-        f"{found['streams']} streams: first token {first['bare']:.1f} ms bare, {first['gateway']:.1f} through the gateway"
+        f"{found['streams']} streams: first token {first['bare']:.1f} ms bare, {first['gateway']:.1f} with the gateway"
         f" ({first['gateway'] - first['bare']:+.1f}); p99 {p99['bare']:.1f}, {p99['gateway']:.1f}; tokens a second"
         f" {speed['bare']:.0f}, {speed['gateway']:.0f} ({100 * (speed['gateway'] / speed['bare'] - 1):+.1f} %)"
     )
