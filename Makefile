@@ -10,6 +10,8 @@ CXX_OURS  = $(wildcard patches/src/*.c patches/src/*.cpp patches/src/*.h patches
 
 # what is shared, the environment and the build, is made once; the closing lines stay pytest's
 .NOTPARALLEL:
+# half a model is none
+.DELETE_ON_ERROR:
 
 help:
 	@echo "make setup   the environment in .venv and the native build"
@@ -30,9 +32,9 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# again where a package is new: the editable install has a list of them
+# again where a package is new: the editable install has a list of them. By the environment: pip of Debian 12 has no -C
 $(VENV)/.package: pyproject.toml $(wildcard llamamem/*/__init__.py llamamem/*/*/__init__.py) | $(VENV)/.venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev]'
+	SKBUILD_CMAKE_DEFINE=LLAMAMEM_NATIVE=OFF $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 # The bindings come from the pinned sdist, by hash, with nothing compiled: never a second, stock llama.cpp.
@@ -50,13 +52,20 @@ build: python
 demo: setup
 	$(LLAMAMEM) demo
 
-# 0.8 GB of random weights in the layer shape of Gemma 4 E4B, made once
-build/bench/wide.gguf: tools/make_model.py | $(VENV)/.package
-	mkdir -p build/bench
-	$(BIN)/python tools/make_model.py --preset wide --output $@ --sidecar build/bench/wide-memory.gguf
+# 0.8 GB of random weights in the layer shape of Gemma 4 E4B, made once, and the same as Q4_K_M
+WIDE := build/bench/wide
 
-bench: setup build/bench/wide.gguf
-	$(LLAMAMEM) bench --model build/bench/wide.gguf --sidecar build/bench/wide-memory.gguf
+$(WIDE).gguf: tools/make_model.py | $(VENV)/.package
+	mkdir -p $(@D)
+	$(BIN)/python tools/make_model.py --preset wide --output $@ --sidecar $(WIDE)-memory.gguf
+
+$(WIDE)-q4_k_m.gguf: $(WIDE).gguf | build
+	"$$($(LLAMAMEM) build)/bin/llama-quantize" --allow-requantize $< $@ Q4_K_M > $@.log 2>&1
+	$(LLAMAMEM) sidecar rebind $(WIDE)-memory.gguf --base $@ --output $(WIDE)-q4_k_m-memory.gguf
+
+bench: setup $(WIDE).gguf $(WIDE)-q4_k_m.gguf
+	$(LLAMAMEM) bench --model $(WIDE).gguf --sidecar $(WIDE)-memory.gguf $(BENCH)
+	$(LLAMAMEM) bench --model $(WIDE)-q4_k_m.gguf --sidecar $(WIDE)-q4_k_m-memory.gguf $(BENCH)
 
 # each reader for so long
 SECONDS ?= 60
@@ -81,7 +90,7 @@ test-reference: $(VENV)/.reference
 	$(BIN)/python -m pytest tests/reference
 
 $(VENV)/.reference: $(VENV)/.bindings
-	$(BIN)/pip install --quiet --disable-pip-version-check -C cmake.define.LLAMAMEM_NATIVE=OFF -e '.[dev,reference]'
+	SKBUILD_CMAKE_DEFINE=LLAMAMEM_NATIVE=OFF $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,reference]'
 	@touch $@
 
 # the op on every GPU, then whole models and a server; each is skipped by name where there is no GPU

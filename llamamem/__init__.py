@@ -1,4 +1,4 @@
-"""Gemma 4 with an RWKV-MS memory beside it, inside a pinned and patched llama.cpp."""
+"""Language models that remember: a memory beside an unchanged model, inside a pinned and patched llama.cpp."""
 
 from __future__ import annotations
 

@@ -102,7 +102,9 @@ def _coverage() -> int:
     """Prints llvm-cov's table of the loader's files for corpus and seeds."""
     program, sources = _build("coverage"), sorted((ROOT / "patches" / "src").glob("llama-adapter-mem-*.cpp"))
     loader = [
-        path for path in sources if re.search(r"-(gguf|config|sidecar|sidecar-keys|sidecar-tensors)\.cpp$", path.name)
+        path
+        for path in sources
+        if re.search(r"-(gguf|config|sidecar|sidecar-kv|sidecar-keys|sidecar-tensors)\.cpp$", path.name)
     ]
     raw, data = PLACE / "coverage" / "all.profraw", PLACE / "coverage" / "all.profdata"
     with tempfile.TemporaryDirectory() as seeds:

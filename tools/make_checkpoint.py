@@ -1,6 +1,7 @@
 """Writes a random adapter checkpoint of a given shape, and a base GGUF of that shape without weights.
 
     python tools/make_checkpoint.py configs/gemma-4-e4b.json --output e4b --base e4b.gguf
+    python tools/make_checkpoint.py configs/qwen3-4b.json --output 4b --base 4b.gguf
 
 The base is all header: the right keys and attention tensors, and a hole in the file where their values would be. It is
 for the sidecar's tools alone. The same shape and seed give the same bytes.
@@ -52,25 +53,28 @@ class Memory:
     @classmethod
     def of_shape(cls, shape: dict[str, Any]) -> Memory:
         """The memory of a shape file such as configs/gemma-4-e4b.json."""
-        memory = shape["memory"]
+        memory, base = shape["memory"], shape["base"]
+        kind = memory.get("kind", RWKV_MS)
         return cls(
             base=shape["name"],
-            hidden=shape["base"]["hidden"],
-            widths={layer: widths(shape, layer) for layer in memory["target_layers"]},
-            chunk=memory["rwkv_ms_chunk_size"],
+            hidden=base["hidden"],
+            widths={layer: widths(shape, layer) for layer in memory.get("target_layers", range(base["layers"]))},
+            chunk=memory.get("rwkv_ms_chunk_size", 0),
             rank=memory["rank"],
             heads=memory["num_state_heads"],
-            states=memory["rwkv_ms_num_states"],
+            states=memory.get("rwkv_ms_num_states", 1),
             alpha=memory["alpha"],
-            lora=memory["lora"],
+            lora=memory.get("lora", 0),
             delta_heads=tuple(memory["delta_heads"]),
+            kind=kind,
+            prefix=SOURCE_PREFIX if base["architecture"] == "gemma4" else "model.layers.",
         )
 
 
 def widths(shape: dict[str, Any], layer: int) -> tuple[int, int, int, int]:
     """Of q, k, v and o in a layer of the base."""
     base = shape["base"]
-    dim = base["global_head_dim"] if full(base, layer) else base["head_dim"]
+    dim = base["global_head_dim"] if "full_every" in base and full(base, layer) else base["head_dim"]
     return base["heads"] * dim, base["kv_heads"] * dim, base["kv_heads"] * dim, base["hidden"]
 
 
@@ -173,11 +177,12 @@ def write_hollow_base(path: Path, shape: dict[str, Any]) -> None:
     writer.add_embedding_length(base["hidden"])
     writer.add_head_count(base["heads"])
     writer.add_head_count_kv(base["kv_heads"])
-    writer.add_key_length(base["global_head_dim"])
-    writer.add_value_length(base["global_head_dim"])
-    writer.add_key_length_swa(base["head_dim"])
-    writer.add_value_length_swa(base["head_dim"])
-    writer.add_sliding_window_pattern([not full(base, layer) for layer in range(base["layers"])])
+    writer.add_key_length(base.get("global_head_dim", base["head_dim"]))
+    writer.add_value_length(base.get("global_head_dim", base["head_dim"]))
+    if "full_every" in base:
+        writer.add_key_length_swa(base["head_dim"])
+        writer.add_value_length_swa(base["head_dim"])
+        writer.add_sliding_window_pattern([not full(base, layer) for layer in range(base["layers"])])
     block, block_bytes = gguf.GGML_QUANT_SIZES[_HOLE]
     n_bytes = 0
     for layer in range(base["layers"]):

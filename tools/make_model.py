@@ -152,7 +152,11 @@ def write_base(path: Path, p: Preset, name: str, seed: int) -> None:
     if freqs is not None:
         writer.write_tensor_data(freqs)
     rng = np.random.default_rng(seed)
-    quiet = np.array([kind != gguf.TokenType.NORMAL for kind in vocabulary(p.vocab)[1]])
+    tokens, kinds, _ = vocabulary(p.vocab)
+    spoken = [
+        kind == gguf.TokenType.NORMAL and text.strip("\u2581 \n") for text, kind in zip(tokens, kinds, strict=True)
+    ]
+    quiet = ~np.array(spoken, bool)
     for tensor, shape, mean, std in specs:
         data = random_tensor(rng, shape, mean, std, p.weights)
         if tensor == "token_embd.weight":

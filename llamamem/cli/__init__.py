@@ -11,6 +11,7 @@ import importlib
 import signal
 import sys
 import threading
+from collections.abc import Collection
 from typing import Any
 
 # While all that follows is imported, Ctrl-C ends the process as it does any other: nothing is there to clean up.
@@ -34,16 +35,40 @@ VERBS = {
     "Sidecars and memories": ("sidecar", "session", "key", "state"),
 }
 
+_MODULES = frozenset(module for modules in VERBS.values() for module in modules)
+
 _Usage: Any = typer.BadParameter.__mro__[2]  # the root of what typer raises for a wrong command line
 
-app = typer.Typer(
-    name="llamamem",
-    help="Gemma 4 with an RWKV-MS memory beside it, inside a pinned and patched llama.cpp.",
-    epilog="Exit status: 0 done, or it holds; 1 a check failed; 2 it could not be run. A command's help says more.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",  # paragraphs are filled, brackets stay
-    pretty_exceptions_enable=False,
-)
+
+def app_of(verbs: Collection[str]) -> typer.Typer:
+    """The command line with these of the modules in it."""
+    app = typer.Typer(
+        name="llamamem",
+        help="Language models that remember: a memory beside an unchanged model, in a pinned and patched llama.cpp.",
+        epilog="Exit status: 0 done, or it holds; 1 a check failed; 2 it could not be run. A command's help says more.",
+        no_args_is_help=True,
+        rich_markup_mode="markdown",  # paragraphs are filled, brackets stay
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_main)
+    for heading, modules in VERBS.items():
+        for module in modules:
+            if module in verbs:
+                importlib.import_module(f"llamamem.cli.{module}").register(app)
+        for command in app.registered_commands:
+            if not isinstance(command.rich_help_panel, str):
+                command.rich_help_panel = heading
+        for group in app.registered_groups:
+            if not isinstance(group.rich_help_panel, str):
+                group.rich_help_panel = heading
+    return app
+
+
+def __getattr__(name: str) -> typer.Typer:
+    """`app`, the whole of it, for who looks at it instead of running it."""
+    if name != "app":
+        raise AttributeError(name)
+    return app_of(_MODULES)
 
 
 def _version(wanted: bool) -> None:
@@ -52,22 +77,10 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _main(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
-
-
-for _heading, _verbs in VERBS.items():
-    for _verb in _verbs:
-        importlib.import_module(f"llamamem.cli.{_verb}").register(app)
-    for _command in app.registered_commands:
-        if not isinstance(_command.rich_help_panel, str):
-            _command.rich_help_panel = _heading
-    for _group in app.registered_groups:
-        if not isinstance(_group.rich_help_panel, str):
-            _group.rich_help_panel = _heading
 
 
 def main() -> None:
@@ -79,6 +92,9 @@ def main() -> None:
 
 def _run() -> int:
     try:
+        # a command that is named needs no other: half of its time would go into importing them
+        verb = sys.argv[1] if len(sys.argv) > 1 else ""
+        app = app_of({verb} if verb in _MODULES else () if verb == "--version" else _MODULES)
         # also when it is run as a module: completion asks for that name
         status = app(prog_name="llamamem", standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -105,6 +121,9 @@ def _run() -> int:
         _say(f"a name is not valid in this encoding ({error}); rename the file, or use a UTF-8 locale")
         return 2
     except OSError as error:
+        if surroundings.is_nowhere():
+            _say("the directory that this runs in is gone; change to another")
+            return 2
         if (lost := surroundings.lost_output(error)) is None:
             raise
         return lost

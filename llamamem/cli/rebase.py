@@ -91,7 +91,7 @@ def rebase_sessions(
     from llamamem.cli.session import open_given_store
     from llamamem.sessions.session import Memory
 
-    opened = open_given_store(store)
+    opened = open_given_store(store, must_exist=True)
     move = _prove(sidecar, base, to_sidecar, to_base)
     moved, left = [], []
     for name in names or [entry.session.name for entry in opened.entries() if entry.session]:

@@ -153,7 +153,7 @@ def list_sessions(
     from rich.markup import escape
     from rich.table import Table
 
-    opened = open_given_store(store)
+    opened = open_given_store(store, must_exist=True)
     entries = opened.entries(after=after, limit=limit, verify=verify)
     more = entries[-1].label if limit is not None and len(entries) == limit else None
     if as_json:
@@ -177,6 +177,8 @@ def list_sessions(
         console.print(table)
         if more is not None:
             typer.echo(f"the next page: --limit {limit} --after {shlex.quote(more)}", err=True)
+    elif after is None:
+        typer.echo(f"no sessions in {opened.location}; `llamamem session start NAME` makes one", err=True)
     if any(e.fault for e in entries):
         raise typer.Exit(1)
 
@@ -238,7 +240,7 @@ def prune(
 
     Exit status: 0 done, 2 it could not be done.
     """
-    opened = open_given_store(store)
+    opened = open_given_store(store, must_exist=True)
     removed = opened.prune(_age(older_than))
     for name in removed:
         release(opened.location, name, keep_slot=True)
@@ -250,8 +252,14 @@ def prune(
             print(name)
 
 
-def open_given_store(store: str | None, quota: str | None = None) -> SessionStore:
-    """The store of --store, else the one in the user's data."""
+def open_given_store(store: str | None, quota: str | None = None, *, must_exist: bool = False) -> SessionStore:
+    """The store of --store, else the one in the user's data.
+
+    `must_exist`: one that was named and is not there is a mistake in its name, not a store without sessions.
+    """
+    file = Path(store.removeprefix("sqlite:")).expanduser() if store and "://" not in store else None
+    if must_exist and file is not None and not file.exists():
+        raise LlamamemError(f"--store {store}: no such store; check the name, `llamamem session start` makes one")
     place = store or str(Path(platformdirs.user_data_path("llamamem", appauthor=False)) / "sessions")
     return open_store(place, quota=None if quota is None else size_of(quota, "--quota"))
 

@@ -22,7 +22,7 @@ from llamamem.formats.sidecar.compare import Comparison
 from llamamem.formats.sidecar.compare import compare as compare_sidecars
 from llamamem.formats.sidecar.copy import rebind_sidecar, zero_sidecar
 from llamamem.formats.sidecar.export import export_sidecar
-from llamamem.formats.sidecar.inspect import Inspection, inspect_sidecar, printable
+from llamamem.formats.sidecar.inspect import Inspection, inspect_sidecar, printable, spans
 from llamamem.proof.sidecar import check_sidecar_file
 
 _MOST_FINDINGS = 8  # of a summary, which is to fit a screen
@@ -38,6 +38,13 @@ class Dtype(str, Enum):
     keep = "keep"
     bf16 = "bf16"
     f32 = "f32"
+
+
+class Rows(str, Enum):
+    """How the rows of q and k lie in a base GGUF."""
+
+    hf = "hf"
+    norm = "norm"
 
 
 class Format(str, Enum):
@@ -57,7 +64,7 @@ def register(app: typer.Typer) -> None:
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Checkpoint: adapter, config and metadata.", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="Checkpoint: adapter, config, metadata if any.", show_default=False)
     ],
     base: Annotated[
         Path, typer.Option(metavar="BASE.gguf", help="Base GGUF that the sidecar is bound to.", show_default=False)
@@ -79,11 +86,16 @@ def export(
         Path | None, typer.Option(metavar="FILE.json", help="Also write size, hash, metadata and tensors as JSON.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of the tensors; bf16 rounds to the nearest.")] = Dtype.keep,
+    row_order: Annotated[
+        Rows | None,
+        typer.Option(help="Rows of the base's q and k, where its architecture does not tell: norm if permuted."),
+    ] = None,
 ) -> None:
     """Export an adapter checkpoint as a sidecar bound to one base GGUF.
 
     The adapter is a .pt (nothing in its pickle can run, torch is not needed)
-    or a .safetensors. The same checkpoint and base give the same bytes.
+    or a .safetensors, RWKV-MS or delta-mem's delta rule. The same checkpoint
+    and base give the same bytes.
     What a reader would refuse is refused here, before the base is hashed.
 
     Exit status: 0 written, 2 refused.
@@ -98,6 +110,7 @@ def export(
             checkpoint_repo=checkpoint_repo,
             dtype=dtype.value,
             manifest=manifest,
+            row_order=row_order.value if row_order else None,
             progress=progress,
         )
     _report(sidecar)
@@ -237,10 +250,11 @@ def zero(file: File, output: Output) -> None:
 
 
 def _report(sidecar: Sidecar) -> None:
-    layers = ",".join(str(layer.layer) for layer in sidecar.layers)
+    layers = spans(layer.layer for layer in sidecar.layers).replace(" ", ",")
+    what = f"{sidecar.kind} of {sidecar.base_arch}" + (f", semantics {sidecar.semantics}" if sidecar.semantics else "")
     typer.echo(
-        f"{sidecar.path}: layers {layers}, heads {','.join(sidecar.delta_heads)}, rank {sidecar.rank}, "
-        f"semantics {sidecar.semantics}, {len(sidecar.tensors)} tensors, {sidecar.path.stat().st_size} bytes, "
+        f"{sidecar.path}: {what}, layers {layers}, heads {','.join(sidecar.delta_heads) or 'none'}, "
+        f"rank {sidecar.rank}, {len(sidecar.tensors)} tensors, {sidecar.path.stat().st_size} bytes, "
         f"base {sidecar.base_sha256}",
         err=True,
     )

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from llamamem.cli.rebase import rebase_state
 from llamamem.errors import LlamamemError
 from llamamem.formats.outputs import check_target
-from llamamem.formats.sidecar import Sidecar, read_sidecar
+from llamamem.formats.sidecar import DELTA_RULE, Sidecar, read_sidecar
 from llamamem.formats.sidecar.inspect import printable
 from llamamem.formats.state import KINDS, Identity, State, identity_of, read_state, write_state
 from llamamem.formats.state import math as state_math
@@ -173,6 +173,8 @@ def _written(state: State, cell: int | None = None) -> str:
         used = int((state.tokens_written.max(1) > 0).sum())
         return f"{used} of {state.cells} sequences written to"
     tokens, layer = state.tokens_written[cell or 0], state.tokens_written[cell or 0].argmax()
+    if state.memory_kind == DELTA_RULE:
+        return f"{tokens[layer]} tokens written"
     at = f"next in chunk {state.current_chunk[cell or 0, layer]}, state {state.current_state[cell or 0, layer]}"
     return f"{tokens[layer]} tokens written, {at}" + ("" if (tokens == tokens[0]).all() else " (layers differ)")
 
@@ -183,8 +185,7 @@ def _summary(state: State, found: dict[str, Any]) -> list[str]:
         f"  sha256    {state.sha256}",
         f"  sidecar   {state.sidecar_sha256}",
         f"  base      {state.base_sha256}",
-        f"  shape     {state.layers} layers, N {state.heads}, M {state.states}, R {state.rank}, C {state.chunk}, "
-        f"semantics {state.semantics}",
+        f"  shape     {_shape(state)}",
         f"  memory    {_written(state)}",
     ]
     if state.token_ids.size or state.kv_bytes:
@@ -208,19 +209,28 @@ def _summary(state: State, found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _shape(state: State) -> str:
+    if state.memory_kind == DELTA_RULE:
+        return f"{DELTA_RULE}, {state.layers} layers, N {state.heads}, R {state.rank}"
+    matrices = f"{state.layers} layers, N {state.heads}, M {state.states}, R {state.rank}"
+    return f"{matrices}, C {state.chunk}, semantics {state.semantics}"
+
+
 def _layer_lines(state: State, rows: list[dict[str, Any]]) -> list[str]:
     """Norm and largest value of every matrix where they fit, else a mark for each."""
     matrices = state.heads * state.states
+    before = "   |prev|" if state.prev.size else ""  # a delta rule has none
     titles = [f"state {m}" if state.heads == 1 else f"{n}, state {m}" for n, m in np.ndindex(state.heads, state.states)]
     if matrices <= _MOST_NUMBERS:
         heads = "".join(f"{title:>16}" for title in titles)
-        lines = [f"layer   |prev|{heads}", f"{'':13}" + f"{'norm':>9}{'max':>7}" * matrices]
+        lines = [f"layer{before}{heads}", " " * (5 + len(before)) + f"{'norm':>9}{'max':>7}" * matrices]
     else:
-        lines = ["layer   |prev|    norm     max   live"]
+        lines = [f"layer{before}    norm     max   live"]
     for row in rows:
         number = row["target_layer"] if row["base_layer"] is None else row["base_layer"]
-        line = f"{number:5}  {_short(row['prev_norm'])}"
-        marks = ["*" if cell["state"] == row["current_state"] else "" for cell in row["states"]]
+        line = f"{number:5}" + (f"  {_short(row['prev_norm'])}" if before else "")
+        current = row["current_state"] if state.states > 1 else None
+        marks = ["*" if cell["state"] == current else "" for cell in row["states"]]
         if matrices <= _MOST_NUMBERS:
             for cell, mark in zip(row["states"], marks, strict=True):
                 text = f"{_short(cell['norm'])}{_short(cell['max_abs'])}" if cell["live"] else f"{'empty':>14}"
@@ -231,7 +241,8 @@ def _layer_lines(state: State, rows: list[dict[str, Any]]) -> list[str]:
             if matrices <= _MOST_MARKS:
                 line += "  " + "".join("#" if on else "." for on in live)
         lines.append(line.rstrip())
-    return [*lines, "* the next token is written to this state"] if matrices <= _MOST_NUMBERS else lines
+    marked = matrices <= _MOST_NUMBERS and state.states > 1
+    return [*lines, "* the next token is written to this state"] if marked else lines
 
 
 def _short(value: float) -> str:

@@ -50,6 +50,15 @@ def _find_home() -> None:
             os.environ["HOME"] = str(own)
 
 
+def is_nowhere() -> bool:
+    """Whether the current directory was removed: no path that is not absolute means anything then."""
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
+
+
 def flush(status: int) -> int:
     """The exit status, once all of it is written: at the end nobody catches what a flush raises."""
     try:

@@ -54,6 +54,7 @@ class AdapterMemInfo(ctypes.Structure):
         ("semantics", ctypes.c_uint32),
         ("alpha", ctypes.c_float),
         ("mode", ctypes.c_int),
+        ("kind", ctypes.c_char * 16),
     ]
 
 
@@ -98,7 +99,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     ),
     "llama_adapter_mem_sidecar_free": ([ctypes.c_void_p], None),
     "llama_model_set_adapter_mem": (
-        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t],
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_bool, ctypes.c_char_p, ctypes.c_size_t],
         ctypes.c_bool,
     ),
     "llama_model_adapter_mem_info": ([ctypes.c_void_p, ctypes.POINTER(AdapterMemInfo)], ctypes.c_bool),

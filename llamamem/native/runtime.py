@@ -42,7 +42,7 @@ MODES = ("serial", "fused", "batched")
 
 OnNode = Callable[[str, bool], None]
 
-_STATE_BUFFER = re.compile(r"(\S+) RWKV-MS state buffer size")
+_STATE_BUFFER = re.compile(r"(\S+) memory state buffer size")
 
 
 class State(NamedTuple):
@@ -80,10 +80,12 @@ class Model:
         mode: str = "batched",
         *,
         gpu_layers: int = -1,
+        untested: bool = False,
         library: Library | None = None,
     ) -> Model:
         """Loads a base GGUF and gives it the sidecar's memory; `gpu_layers` lie on the GPU, if there is one (-1: all).
 
+        `untested` tries architectures that no test is about, which are refused otherwise.
         The sidecar is read and checked first, the base's hash is computed while its weights load. Raises LlamamemError
         with the loader's own reason.
         """
@@ -109,7 +111,7 @@ class Model:
                 raise LlamamemError(f"{path}: the model does not load: {logged_error()}")
             if side is not None:
                 set_memory = library.function("llama_model_set_adapter_mem")
-                if not set_memory(handle, side, MODES.index(mode), err, N_ERR):
+                if not set_memory(handle, side, MODES.index(mode), untested, err, N_ERR):
                     api.llama_model_free(handle)
                     raise LlamamemError(err.value.decode("utf-8", "replace"))
         finally:

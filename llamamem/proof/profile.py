@@ -16,8 +16,8 @@ import numpy as np
 
 from llamamem.native.runtime import Context, Model
 
-_OP = "rwkv_ms_core"
-_DELTA = "rwkv_ms_delta"
+_OP = "adapter_mem_core"
+_DELTA = "adapter_mem_delta"
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def smoke(
 
 
 def _memory(sidecar: Path) -> list[str]:
-    return ["--rwkv-ms-sidecar", str(sidecar), "--rwkv-ms-mode", "serial"]
+    return ["--memory-adapter", str(sidecar), "--memory-mode", "serial"]
 
 
 def _generate(bin_dir: Path, arguments: list[str], session: Path, timeout: float) -> Generated:

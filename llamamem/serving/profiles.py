@@ -170,7 +170,7 @@ def make_plan(
 
     argv = [str(bin_dir / "llama-server"), "--model", str(model), "--host", host, "--port", str(port)]
     if sidecar is not None:
-        argv += ["--rwkv-ms-sidecar", str(sidecar), "--rwkv-ms-mode", chosen.name]
+        argv += ["--memory-adapter", str(sidecar), "--memory-mode", chosen.name]
     if parallel is not None:
         argv += ["--parallel", str(parallel)]
     if ctx_size is not None:

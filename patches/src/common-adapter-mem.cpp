@@ -1,29 +1,67 @@
 #include "common-adapter-mem.h"
 
+#include "arg.h"
 #include "common.h"
 #include "log.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
 
 // common_fit_params loads models by path only; it is not thread safe itself
 static thread_local common_adapter_mem * adapter_mem_current = nullptr;
 
+// the flags were named for the first kind of memory
+static const char * adapter_mem_env(const char * name, const char * name_old) {
+    return !std::getenv(name) && std::getenv(name_old) ? name_old : name;
+}
+
+std::vector<common_arg> common_adapter_mem_args(const common_params & params) {
+    std::vector<common_arg> res;
+
+    res.push_back(common_arg(
+            { "--rwkv-ms-sidecar", "--memory-adapter" }, "FNAME",
+            "path to the memory adapter (a sidecar GGUF) of the model",
+            [](common_params & params, const std::string & value) {
+                params.adapter_mem_sidecar = value;
+            }).set_env(adapter_mem_env("LLAMA_ARG_MEMORY_ADAPTER", "LLAMA_ARG_RWKV_MS_SIDECAR")));
+
+    res.push_back(common_arg(
+            { "--rwkv-ms-mode", "--memory-mode" }, "{serial,fused,batched}",
+            string_format("contexts that the memory may have: serial (one sequence, -ub 1), fused (one sequence) or batched (default: %s)", params.adapter_mem_mode.c_str()),
+            [](common_params & params, const std::string & value) {
+                if (llama_adapter_mem_mode_from_name(value.c_str()) < 0) {
+                    throw std::invalid_argument("must be serial, fused or batched");
+                }
+                params.adapter_mem_mode = value;
+            }).set_env(adapter_mem_env("LLAMA_ARG_MEMORY_MODE", "LLAMA_ARG_RWKV_MS_MODE")));
+
+    res.push_back(common_arg(
+            { "--rwkv-ms-untested", "--memory-untested" },
+            "warn instead of refusing if no test is about a memory on the architecture of the model",
+            [](common_params & params) {
+                params.adapter_mem_untested = true;
+            }).set_env(adapter_mem_env("LLAMA_ARG_MEMORY_UNTESTED", "LLAMA_ARG_RWKV_MS_UNTESTED")));
+
+    return res;
+}
+
 static std::string adapter_mem_refusal(const common_params & params) {
     const int32_t mode = llama_adapter_mem_mode_from_name(params.adapter_mem_mode.c_str());
     if (mode < 0) {
-        return string_format("--rwkv-ms-mode %s: must be serial, fused or batched", params.adapter_mem_mode.c_str());
+        return string_format("--memory-mode %s: must be serial, fused or batched", params.adapter_mem_mode.c_str());
     }
 
     // as llama_context does it
     const int32_t n_ubatch = std::min(params.n_batch, params.n_ubatch == 0 ? params.n_batch : params.n_ubatch);
 
     if (mode != LLAMA_ADAPTER_MEM_MODE_BATCHED && params.n_parallel > 1) {
-        return string_format("--parallel %d: mode %s has one sequence, pass --parallel 1 or --rwkv-ms-mode batched",
+        return string_format("--parallel %d: mode %s has one sequence, pass --parallel 1 or --memory-mode batched",
                 params.n_parallel, params.adapter_mem_mode.c_str());
     }
     if (mode == LLAMA_ADAPTER_MEM_MODE_SERIAL && n_ubatch > 1) {
         return string_format("--ubatch-size %d: mode serial processes one token at a time, pass --ubatch-size 1 or "
-                             "--rwkv-ms-mode fused",
+                             "--memory-mode fused",
                 n_ubatch);
     }
     if (params.n_cache_reuse > 0) {
@@ -48,7 +86,7 @@ bool common_adapter_mem_check(const common_params & params) {
     }
     const std::string refusal = adapter_mem_refusal(params);
     if (!refusal.empty()) {
-        LOG_ERR("rwkv-ms: refused with --rwkv-ms-sidecar: %s\n", refusal.c_str());
+        LOG_ERR("memory: refused with --memory-adapter: %s\n", refusal.c_str());
     }
     return refusal.empty();
 }
@@ -67,13 +105,14 @@ bool common_adapter_mem::init(const common_params & params) {
         return false;
     }
     mode       = (llama_adapter_mem_mode) llama_adapter_mem_mode_from_name(params.adapter_mem_mode.c_str());
+    untested   = params.adapter_mem_untested;
     path_model = params.model.path;
 
     char err[1024];
     sidecar.reset(llama_adapter_mem_sidecar_init(params.adapter_mem_sidecar.c_str(), path_model.c_str(), err, sizeof(err)));
     sidecar_measure.reset(sidecar ? llama_adapter_mem_sidecar_init(params.adapter_mem_sidecar.c_str(), nullptr, err, sizeof(err)) : nullptr);
     if (!sidecar || !sidecar_measure) {
-        LOG_ERR("rwkv-ms: %s\n", err);
+        LOG_ERR("memory: %s\n", err);
         return false;
     }
 
@@ -100,16 +139,16 @@ bool common_adapter_mem::set(llama_model * model) const {
     }
 
     char err[1024];
-    if (!llama_model_set_adapter_mem(model, sidecar.get(), mode, err, sizeof(err))) {
-        LOG_ERR("rwkv-ms: %s\n", err);
+    if (!llama_model_set_adapter_mem(model, sidecar.get(), mode, untested, err, sizeof(err))) {
+        LOG_ERR("memory: %s\n", err);
         return false;
     }
 
     // here and not in libllama, whose own lines are not shown by default
     llama_adapter_mem_info info;
     if (llama_model_adapter_mem_info(model, &info)) {
-        LOG_INF("rwkv-ms: memory active: layers=%s rank=%u states=%u chunk=%u semantics=%u mode=%s sidecar=%s base=%s\n",
-                adapter_mem_layers(model, info.n_layer).c_str(), info.rank, info.n_state, info.n_chunk, info.semantics,
+        LOG_INF("memory: memory active: kind=%s layers=%s rank=%u states=%u chunk=%u semantics=%u mode=%s sidecar=%s base=%s\n",
+                info.kind, adapter_mem_layers(model, info.n_layer).c_str(), info.rank, info.n_state, info.n_chunk, info.semantics,
                 llama_adapter_mem_mode_name(info.mode), info.sidecar_sha256, info.base_sha256);
     }
     return true;
@@ -122,7 +161,7 @@ void common_adapter_mem::measure(const char * path_model, llama_model * model) {
     }
     // a base that it does not fit is refused by set(), with the weights loaded
     char err[1024];
-    if (!llama_model_set_adapter_mem(model, cur->sidecar_measure.get(), cur->mode, err, sizeof(err))) {
-        LOG_WRN("rwkv-ms: measuring without the sidecar: %s\n", err);
+    if (!llama_model_set_adapter_mem(model, cur->sidecar_measure.get(), cur->mode, cur->untested, err, sizeof(err))) {
+        LOG_WRN("memory: measuring without the sidecar: %s\n", err);
     }
 }

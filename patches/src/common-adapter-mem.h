@@ -1,12 +1,14 @@
 #pragma once
 
-// The RWKV-MS memory of the programs that take common_params, see llama-adapter-mem.h.
+// The memory of the programs that take common_params, see llama-adapter-mem.h.
 
 #include "llama-adapter-mem.h"
 
 #include <memory>
 #include <string>
+#include <vector>
 
+struct common_arg;
 struct common_params;
 
 struct common_adapter_mem_sidecar_deleter {
@@ -14,6 +16,9 @@ struct common_adapter_mem_sidecar_deleter {
 };
 
 typedef std::unique_ptr<llama_adapter_mem_sidecar, common_adapter_mem_sidecar_deleter> common_adapter_mem_sidecar_ptr;
+
+// the flags, with the defaults of params
+std::vector<common_arg> common_adapter_mem_args(const common_params & params);
 
 // false, with the reason in the log, if the parameters cannot work with the memory that they ask for
 bool common_adapter_mem_check(const common_params & params);
@@ -41,7 +46,8 @@ private:
     common_adapter_mem_sidecar_ptr sidecar_measure; // not bound to a base: nothing waits for the hash
 
     std::string            path_model;
-    llama_adapter_mem_mode mode = LLAMA_ADAPTER_MEM_MODE_SERIAL;
+    llama_adapter_mem_mode mode     = LLAMA_ADAPTER_MEM_MODE_SERIAL;
+    bool                   untested = false;
 
     common_adapter_mem * prev = nullptr;
 };

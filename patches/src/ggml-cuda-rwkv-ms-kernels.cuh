@@ -80,8 +80,13 @@ struct rwkv_ms_args {
         return weights ? row.features() : ggml_rwkv_ms_features{ f, f + D, f + 2 * D, f + 3 * D, f + 4 * D, f + 5 * D, f + 6 * D, f + 7 * D, f + 8 * D };
     }
 
-    // n_lo, n_hi of a cell follow its matrices and prev
+    // the matrices of a cell are followed by prev, which the delta rule has not, and the counter
     __device__ float * prev_of(int cell) const { return state + cell * stride_state + p.n_head * p.n_state * p.n_rank * p.n_rank; }
+
+    __device__ float * counter_of(int cell) const { return prev_of(cell) + (p.semantics == 0 ? 0 : p.n_head * p.n_rank); }
+
+    // is it RWKV-MS from its source to its output, or are the reads all
+    __device__ bool has_core() const { return weights && p.semantics != 0; }
 };
 
 // asserted by the CPU
@@ -126,6 +131,10 @@ static __device__ const float * rwkv_ms_fetch_weights(const rwkv_ms_args & a, fl
 
 // features of a token from its source and the previous one; by one warp
 static __device__ void rwkv_ms_features(const rwkv_ms_args & a, const float * w, int64_t t, const float * prev, const ggml_rwkv_ms_row & row, float * shared) {
+    if (!a.has_core()) {
+        ggml_rwkv_ms_delta_features<rwkv_ms_warp>(a.p, { a.p, w }, a.x_of(t), row);
+        return;
+    }
     ggml_rwkv_ms_source<rwkv_ms_warp>(a.p, a.x_of(t), row.s);
     ggml_rwkv_ms_token_features<rwkv_ms_warp>(a.p, { a.p, w }, a.x_of(t), prev, row, { a.p, shared });
 }
@@ -136,7 +145,7 @@ static __device__ void rwkv_ms_output(const rwkv_ms_args & a, const float * w, i
 
     if (a.ids[2 * t + 1] == GGML_RWKV_MS_MASK_PADDING) {
         rwkv_ms_copy(D, nullptr, row.out);
-    } else if (w) {
+    } else if (a.has_core()) {
         ggml_rwkv_ms_token_output<rwkv_ms_warp>(a.p, { a.p, w }, row, { a.p, shared });
     } else {
         rwkv_ms_copy(D, row.read, row.out);
@@ -162,9 +171,9 @@ static __global__ void rwkv_ms_features_kernel(const rwkv_ms_args a) {
 
     const float * w      = rwkv_ms_fetch_weights(a, shared);
     float *       prev   = shared + a.n_weights;
-    const int64_t t_prev = rwkv_ms_prev_token(a, t);
+    const int64_t t_prev = a.has_core() ? rwkv_ms_prev_token(a, t) : -1;
     if (t_prev < 0) {
-        rwkv_ms_copy(D, a.prev_of(cell), prev);
+        rwkv_ms_copy(D, a.has_core() ? a.prev_of(cell) : nullptr, prev);
     } else {
         ggml_rwkv_ms_source<rwkv_ms_warp>(a.p, a.x_of(t_prev), prev);
     }
@@ -266,7 +275,7 @@ struct rwkv_ms_rows {
         for (int k = 0; k < K; ++k) {
             y[k]     = rwkv_ms_dot<R>(S[k], r);
             score[k] = rwkv_ms_sum_rows<R>(y[k] * r[i()]);
-            if (p.semantics == 1) {
+            if (p.semantics != 2) {
                 score[k] /= sqrtf((float) R);
             } else {
                 score[k] /= fmaxf(sqrtf(rwkv_ms_sum_rows<R>(y[k] * y[k])), 1e-6f) * fmaxf(r_norm, 1e-6f);
@@ -394,10 +403,10 @@ static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_fused_kernel(const rwkv_ms_args
 
             if (!loaded) {
                 rows.load(S_head, p.n_state);
-                counter.load(p, prev + D);
+                counter.load(p, a.counter_of(cell));
                 if (first) {
                     w = rwkv_ms_fetch_weights(a, shared);
-                    rwkv_ms_copy(D, prev, s_prev);
+                    rwkv_ms_copy(D, a.has_core() ? prev : nullptr, s_prev);
                 }
                 loaded = true;
             }
@@ -422,7 +431,7 @@ static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_fused_kernel(const rwkv_ms_args
 
             if (first) {
                 rwkv_ms_output(a, w, t, row, scratch);
-                if (mask == GGML_RWKV_MS_MASK_LIVE && a.weights) {
+                if (mask == GGML_RWKV_MS_MASK_LIVE && a.has_core()) {
                     rwkv_ms_copy(D, row.s, s_prev);
                 }
             } // the others wait for it before they read
@@ -434,11 +443,11 @@ static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_fused_kernel(const rwkv_ms_args
     }
     rows.store(S_head);
     if (first) {
-        if (a.weights) {
+        if (a.has_core()) {
             rwkv_ms_copy(D, s_prev, prev);
         }
         if (rwkv_ms_warp::lane() == 0) {
-            counter.store(p, prev + D);
+            counter.store(p, a.counter_of(cell));
         }
     }
 }
@@ -484,7 +493,7 @@ static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_scan_kernel(const rwkv_ms_args 
         unsigned own = rwkv_ms_tokens_of(a, t0, cell);
         if (own && !loaded) {
             rows.load(S_head, p.n_state);
-            counter.load(p, prev + D);
+            counter.load(p, a.counter_of(cell));
             loaded = true;
         }
         while (own) {
@@ -516,11 +525,11 @@ static __global__ void RWKV_MS_BOUNDS(R) rwkv_ms_scan_kernel(const rwkv_ms_args 
     rows.store(S_head);
     __syncthreads(); // all have read the counter
     if (n == 0) {
-        if (a.weights) {
+        if (a.has_core()) {
             rwkv_ms_copy(D, a.row_of(t_live).s, prev);
         }
         if (rwkv_ms_warp::lane() == 0) {
-            counter.store(p, prev + D);
+            counter.store(p, a.counter_of(cell));
         }
     }
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// The arithmetic of one token of RWKV-MS, all F32, for CPU and GPU. R is a compile-time constant where that pays (R > 0) or
+// The arithmetic of one token of a memory, all F32, for CPU and GPU. R is a compile-time constant where that pays (R > 0) or
 // params.n_rank.
 //
 // A state matrix is stored as [j][i]: S[i][j] of the specification is S[j*R + i].
@@ -30,7 +30,7 @@ struct ggml_rwkv_ms_features {
     const float * write;
 };
 
-// views into the packed weights, see ggml_rwkv_ms_n_weight
+// views into the packed weights, see ggml_rwkv_ms_n_weight: of the delta rule only those of the gates may be looked at
 struct ggml_rwkv_ms_weights {
     // clang-format off
     const float * beta_b, * lambda_b; // nullptr if coupled
@@ -194,25 +194,95 @@ struct ggml_rwkv_ms_thread {
     }
 };
 
-// the memory source of a token
+// l2 norm of tanh, each head by itself
+template <typename lanes>
+GGML_RWKV_MS_FUNC void ggml_rwkv_ms_normalize(const ggml_rwkv_ms_params & p, const float * in, float * out) {
+    const int R = p.n_rank;
+
+    for (int n = lanes::lane(); n < p.n_head; n += lanes::n_lane()) {
+        for (int i = n * R; i < (n + 1) * R; ++i) {
+            out[i] = ggml_rwkv_ms_tanh(in[i]);
+        }
+        const float norm = fmaxf(ggml_rwkv_ms_norm(R, out + n * R), 1e-6f);
+        for (int i = n * R; i < (n + 1) * R; ++i) {
+            out[i] /= norm;
+        }
+    }
+}
+
+// the memory source of a token of RWKV-MS
 template <typename lanes>
 GGML_RWKV_MS_FUNC void ggml_rwkv_ms_source(const ggml_rwkv_ms_params & p, const float * in, float * s) {
     const int R = p.n_rank;
 
-    if (p.semantics == 1) {
+    if (p.semantics == 2) {
+        ggml_rwkv_ms_normalize<lanes>(p, in, s);
+    } else {
         for (int i = lanes::lane(); i < p.n_head * R; i += lanes::n_lane()) {
             s[i] = in[i];
         }
-    } else {
-        for (int n = lanes::lane(); n < p.n_head; n += lanes::n_lane()) {
-            for (int i = n * R; i < (n + 1) * R; ++i) {
-                s[i] = ggml_rwkv_ms_tanh(in[i]);
-            }
-            const float norm = fmaxf(ggml_rwkv_ms_norm(R, s + n * R), 1e-6f);
-            for (int i = n * R; i < (n + 1) * R; ++i) {
-                s[i] /= norm;
-            }
+    }
+    lanes::sync();
+}
+
+// what is kept, erased and written of a row; in: projections of the gates
+template <typename lanes>
+GGML_RWKV_MS_FUNC void ggml_rwkv_ms_token_gates(const ggml_rwkv_ms_params & p, const ggml_rwkv_ms_weights & w, const float * in, const ggml_rwkv_ms_row & t) {
+    const int R = p.n_rank;
+    const int D = p.n_head * R;
+    const int G = p.n_gate;
+
+    for (int i = lanes::lane(); i < D; i += lanes::n_lane()) {
+        const int ig = G == D ? i : i / R; // a gate per row, or one per head
+
+        t.beta[i] = ggml_rwkv_ms_sigmoid(in[ig] + w.beta_b[ig]);
+        t.lam[i]  = w.lambda_b ? ggml_rwkv_ms_sigmoid(in[G + ig] + w.lambda_b[ig]) : 1.0f - t.beta[i];
+
+        t.keep[i]  = t.lam[i];
+        t.erase[i] = t.beta[i];
+        t.write[i] = t.beta[i];
+        if (p.update == GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE) {
+            t.erase[i] *= t.lam[i];
         }
+        if (p.update == GGML_RWKV_MS_UPDATE_NO_LAMBDA) {
+            t.keep[i] = 1.0f;
+        }
+        if (p.semantics == 2) {
+            t.keep[i]  = 1.0f;
+            t.erase[i] = t.write[i];
+        }
+    }
+}
+
+// The features of the delta rule: S <- keep S - erase (S k) k^T + write v k^T, which is the scan of RWKV-MS with a = -k, b = k.
+template <typename lanes>
+GGML_RWKV_MS_FUNC void ggml_rwkv_ms_delta_features(
+        const ggml_rwkv_ms_params &  p,
+        const ggml_rwkv_ms_weights & w,
+        const float *                in,  // [3*D + G (+ G)]
+        const ggml_rwkv_ms_row &     t) {
+    const int D = p.n_head * p.n_rank;
+
+    ggml_rwkv_ms_token_gates<lanes>(p, w, in + 3 * D, t);
+
+    if (p.normalize_qk) {
+        ggml_rwkv_ms_normalize<lanes>(p, in, t.r);
+        ggml_rwkv_ms_normalize<lanes>(p, in + D, t.k);
+        lanes::sync();
+    }
+    for (int i = lanes::lane(); i < D; i += lanes::n_lane()) {
+        if (!p.normalize_qk) {
+            t.r[i] = in[i];
+            t.k[i] = in[D + i];
+        }
+        t.s[i] = t.v[i] = in[2 * D + i];
+
+        t.a[i] = -t.k[i];
+        t.b[i] = t.k[i];
+
+        t.w[i]     = 0.0f;
+        t.decay[i] = 1.0f;
+        t.g[i]     = 1.0f;
     }
     lanes::sync();
 }
@@ -230,31 +300,11 @@ GGML_RWKV_MS_FUNC void ggml_rwkv_ms_token_features(
     const int N = p.n_head;
     const int D = N * R;
     const int L = p.n_lora;
-    const int G = p.n_gate;
 
     const int i0 = lanes::lane();
     const int di = lanes::n_lane();
 
-    for (int i = i0; i < D; i += di) {
-        const int ig = G == D ? i : i / R; // a gate per row, or one per head
-
-        t.beta[i] = ggml_rwkv_ms_sigmoid(in[D + ig] + w.beta_b[ig]);
-        t.lam[i]  = w.lambda_b ? ggml_rwkv_ms_sigmoid(in[D + G + ig] + w.lambda_b[ig]) : 1.0f - t.beta[i];
-
-        t.keep[i]  = t.lam[i];
-        t.erase[i] = t.beta[i];
-        t.write[i] = t.beta[i];
-        if (p.update == GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE) {
-            t.erase[i] *= t.lam[i];
-        }
-        if (p.update == GGML_RWKV_MS_UPDATE_NO_LAMBDA) {
-            t.keep[i] = 1.0f;
-        }
-        if (p.semantics == 2) {
-            t.keep[i]  = 1.0f;
-            t.erase[i] = t.write[i];
-        }
-    }
+    ggml_rwkv_ms_token_gates<lanes>(p, w, in + D, t);
 
     // time shift
     auto shift = [&](int ix) {

@@ -4,19 +4,32 @@
 
 #include <string.h>
 
+// elements of the projections and weights of the gates
+static int64_t ggml_rwkv_ms_n_gates(const struct ggml_rwkv_ms_params * p) {
+    return (p->couple_lambda ? 1 : 2) * p->n_gate;
+}
+
 // elements of one state cell before prev
 static int64_t ggml_rwkv_ms_n_state_elements(const struct ggml_rwkv_ms_params * p) {
     return (int64_t) p->n_head * p->n_state * p->n_rank * p->n_rank;
 }
 
+static int64_t ggml_rwkv_ms_n_prev(const struct ggml_rwkv_ms_params * p) {
+    return p->semantics == 0 ? 0 : p->n_head * p->n_rank;
+}
+
 int64_t ggml_rwkv_ms_n_cell(const struct ggml_rwkv_ms_params * p) {
-    return ggml_rwkv_ms_n_state_elements(p) + p->n_head * p->n_rank + 2;
+    return ggml_rwkv_ms_n_state_elements(p) + ggml_rwkv_ms_n_prev(p) + 2;
 }
 
 int64_t ggml_rwkv_ms_n_weight(const struct ggml_rwkv_ms_params * p) {
     const int64_t D = p->n_head * p->n_rank;
 
-    return (p->couple_lambda ? 1 : 2) * p->n_gate + 11 * D + 6 * D * p->n_lora + 4 * D * D;
+    return ggml_rwkv_ms_n_gates(p) + (p->semantics == 0 ? 0 : 11 * D + 6 * D * p->n_lora + 4 * D * D);
+}
+
+int64_t ggml_rwkv_ms_n_in(const struct ggml_rwkv_ms_params * p) {
+    return (p->semantics == 0 ? 3 : 1) * p->n_head * p->n_rank + ggml_rwkv_ms_n_gates(p);
 }
 
 // the matrices of a cell and of the specification are each other's transposes
@@ -34,13 +47,14 @@ static void ggml_rwkv_ms_transpose(const struct ggml_rwkv_ms_params * p, const f
 
 int64_t ggml_rwkv_ms_cell_get(const struct ggml_rwkv_ms_params * p, const float * cell, float * S, float * prev) {
     const float * cell_prev = cell + ggml_rwkv_ms_n_state_elements(p);
-    const float * cell_n    = cell_prev + p->n_head * p->n_rank;
+    const float * cell_n    = cell_prev + ggml_rwkv_ms_n_prev(p);
 
     if (S) {
         ggml_rwkv_ms_transpose(p, cell, S);
     }
     if (prev) {
-        memcpy(prev, cell_prev, p->n_head * p->n_rank * sizeof(float));
+        memset(prev, 0, p->n_head * p->n_rank * sizeof(float));
+        memcpy(prev, cell_prev, ggml_rwkv_ms_n_prev(p) * sizeof(float));
     }
     return (int64_t) cell_n[0] + (int64_t) cell_n[1] * p->n_state * p->n_chunk;
 }
@@ -49,13 +63,13 @@ void ggml_rwkv_ms_cell_set(const struct ggml_rwkv_ms_params * p, float * cell, c
     const int64_t n_period = (int64_t) p->n_state * p->n_chunk;
 
     float * cell_prev = cell + ggml_rwkv_ms_n_state_elements(p);
-    float * cell_n    = cell_prev + p->n_head * p->n_rank;
+    float * cell_n    = cell_prev + ggml_rwkv_ms_n_prev(p);
 
     if (S) {
         ggml_rwkv_ms_transpose(p, S, cell);
     }
     if (prev) {
-        memcpy(cell_prev, prev, p->n_head * p->n_rank * sizeof(float));
+        memcpy(cell_prev, prev, ggml_rwkv_ms_n_prev(p) * sizeof(float));
     }
     cell_n[0] = (float) (n_tokens % n_period);
     cell_n[1] = (float) (n_tokens / n_period);
@@ -70,9 +84,10 @@ struct ggml_tensor * ggml_rwkv_ms(
         const struct ggml_rwkv_ms_params * params) {
     const int64_t D        = params->n_head * params->n_rank;
     const int64_t n_tokens = x->ne[1];
-    const int64_t n_in     = w ? D + (params->couple_lambda ? 1 : 2) * params->n_gate : 9 * D;
+    const int64_t n_in     = w ? ggml_rwkv_ms_n_in(params) : 9 * D;
 
     GGML_ASSERT(D > 0 && params->n_state > 0 && params->n_chunk > 0);
+    GGML_ASSERT(params->semantics != 0 || params->n_state == 1);
     // the counter has to be exact in F32
     GGML_ASSERT((int64_t) params->n_state * params->n_chunk <= (1 << 24));
 

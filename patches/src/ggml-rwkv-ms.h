@@ -1,6 +1,6 @@
 #pragma once
 
-// GGML_OP_RWKV_MS: the recurrent core of one RWKV-MS memory layer
+// GGML_OP_RWKV_MS: the recurrent core of one memory layer: RWKV-MS, or the delta rule, whose state is written in the same way
 
 #include "ggml.h"
 
@@ -28,23 +28,25 @@ struct ggml_rwkv_ms_params {
     int32_t n_chunk;
     int32_t n_lora;
     int32_t n_gate;        // D = R*N (a gate per row) or N (a gate per head)
-    int32_t semantics;     // 1 or 2
+    int32_t semantics;     // 1 or 2; 0: the delta rule, with n_state 1
     int32_t update;        // enum ggml_rwkv_ms_update
     int32_t couple_lambda; // lambda = 1 - beta; else the projections carry it
+    int32_t normalize_qk;  // delta rule: q and k are normalized
     int32_t trace;         // tests: dst rows carry the intermediates, see below
     float   erase_gate;
 };
 
 // elements of one state cell: N*M matrices stored as [j][i] (the column of S is contiguous, so that a matrix times
-// a vector runs along i), then prev [D], then the counter in two exact parts: n mod M*C, n div M*C
+// a vector runs along i), then prev [D] unless it is the delta rule, then the counter in two exact parts: n mod M*C, n div M*C
 GGML_API int64_t ggml_rwkv_ms_n_cell(const struct ggml_rwkv_ms_params * params);
 
 // elements of the packed weights, in this order ([in][out] means that the output index is contiguous):
 //   beta_b [G], lambda_b [G] unless lambda is coupled, x_r x_w x_k x_v x_a x_g w0 a0 k_k k_a ln_x [D],
-//   w1 a1 g1 [D][L], w2 a2 g2 [L][D], receptance key value output [in][out]
+//   w1 a1 g1 [D][L], w2 a2 g2 [L][D], receptance key value output [in][out]; the delta rule has the first two alone
 GGML_API int64_t ggml_rwkv_ms_n_weight(const struct ggml_rwkv_ms_params * params);
 
 // x     F32 [D + G (+ G), n_tokens]: memory_v, beta (and lambda) projections of the hidden state
+//       F32 [3*D + G (+ G), n_tokens] of the delta rule: memory_q, memory_k, memory_v, beta (and lambda)
 //       F32 [9*D, n_tokens] if w == NULL: r decay k v a b keep erase write, scan only
 // w     F32 [n_weight] or NULL
 // state F32 [n_cell, n_cells], read and written in place
@@ -61,7 +63,10 @@ GGML_API struct ggml_tensor * ggml_rwkv_ms(
         struct ggml_tensor *               ids,
         const struct ggml_rwkv_ms_params * params);
 
-// one state cell from and to the layout of the specification: S [N, M, R, R], prev [D], each may be NULL
+// elements of a token's projections
+GGML_API int64_t ggml_rwkv_ms_n_in(const struct ggml_rwkv_ms_params * params);
+
+// one state cell from and to the layout of the specification: S [N, M, R, R], prev [D] (0 of the delta rule), each may be NULL
 // returns the number of tokens written
 GGML_API int64_t ggml_rwkv_ms_cell_get(const struct ggml_rwkv_ms_params * params, const float * cell, float * S, float * prev);
 GGML_API void    ggml_rwkv_ms_cell_set(const struct ggml_rwkv_ms_params * params, float * cell, const float * S, const float * prev, int64_t n_tokens);
@@ -69,7 +74,8 @@ GGML_API void    ggml_rwkv_ms_cell_set(const struct ggml_rwkv_ms_params * params
 struct ggml_compute_params;
 
 // CPU
-void ggml_compute_forward_rwkv_ms(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+size_t ggml_rwkv_ms_work_size(const struct ggml_tensor * dst, int n_tasks);
+void   ggml_compute_forward_rwkv_ms(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 #ifdef __cplusplus
 }

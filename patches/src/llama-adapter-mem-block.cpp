@@ -23,24 +23,24 @@ static std::string adapter_mem_to_hex(const uint8_t (&src)[32]) {
     return llama_adapter_mem_sha256::hex(digest);
 }
 
-static llama_adapter_mem_block_header adapter_mem_block_header_init(const llama_adapter_mem & weights) {
+static llama_adapter_mem_block_header adapter_mem_block_header_init(const llama_adapter_mem & adapter) {
     llama_adapter_mem_block_header res = {};
 
     memcpy(res.magic, "RMVS", sizeof(res.magic));
 
     res.version   = ADAPTER_MEM_BLOCK_VERSION;
     res.n_header  = sizeof(res);
-    res.n_layer   = weights.info.n_layer;
-    res.n_head    = weights.info.n_head;
-    res.n_state   = weights.info.n_state;
-    res.rank      = weights.info.rank;
-    res.n_chunk   = weights.info.n_chunk;
-    res.semantics = weights.info.semantics;
-    res.n_cell    = ggml_rwkv_ms_n_cell(&weights.params);
+    res.n_layer   = adapter.info.n_layer;
+    res.n_head    = adapter.core.params.n_head;
+    res.n_state   = adapter.core.params.n_state;
+    res.rank      = adapter.core.params.n_rank;
+    res.n_chunk   = adapter.core.params.n_chunk;
+    res.semantics = adapter.core.params.semantics; // 0: the delta rule
+    res.n_cell    = adapter.core.n_cell();
 
-    adapter_mem_from_hex(res.fingerprint, weights.info.fingerprint);
-    adapter_mem_from_hex(res.sidecar, weights.info.sidecar_sha256);
-    adapter_mem_from_hex(res.base, weights.info.base_sha256);
+    adapter_mem_from_hex(res.fingerprint, adapter.info.fingerprint);
+    adapter_mem_from_hex(res.sidecar, adapter.info.sidecar_sha256);
+    adapter_mem_from_hex(res.base, adapter.info.base_sha256);
 
     return res;
 }
@@ -59,7 +59,7 @@ uint64_t llama_adapter_mem_block_n_cells(const llama_adapter_mem_block_header & 
 }
 
 std::vector<uint8_t> llama_adapter_mem_block_write(
-        const llama_adapter_mem &         weights,
+        const llama_adapter_mem &         adapter,
         uint32_t                          kind,
         const std::vector<float> &        cells,
         const std::vector<float> &        origins,
@@ -67,7 +67,7 @@ std::vector<uint8_t> llama_adapter_mem_block_write(
         uint64_t                          n_bytes_kv) {
     GGML_ASSERT(origins.empty() || origins.size() == cells.size());
 
-    auto header = adapter_mem_block_header_init(weights);
+    auto header = adapter_mem_block_header_init(adapter);
 
     header.kind       = kind;
     header.n_cells    = cells.size() / ((size_t) header.n_layer * header.n_cell);
@@ -137,16 +137,16 @@ static bool adapter_mem_note_check(const llama_adapter_mem_block_header & header
     return note.find_first_not_of('\0', n) == std::string::npos && llama_adapter_mem_is_utf8({ note.data(), n });
 }
 
-void llama_adapter_mem_block_check(const llama_adapter_mem & weights, const llama_adapter_mem_block_header & header, uint32_t kind, uint32_t n_cells) {
+void llama_adapter_mem_block_check(const llama_adapter_mem & adapter, const llama_adapter_mem_block_header & header, uint32_t kind, uint32_t n_cells) {
     adapter_mem_block_check_version(header);
 
-    const auto expected = adapter_mem_block_header_init(weights);
+    const auto expected = adapter_mem_block_header_init(adapter);
 
     if (memcmp(header.fingerprint, expected.fingerprint, sizeof(header.fingerprint)) != 0 ||
             memcmp(header.sidecar, expected.sidecar, sizeof(header.sidecar)) != 0 ||
             memcmp(header.base, expected.base, sizeof(header.base)) != 0) {
         llama_adapter_mem_state_fail("state-identity", "the state belongs to sidecar %s and base %s, this model has sidecar %s and base %s",
-                adapter_mem_to_hex(header.sidecar).c_str(), adapter_mem_to_hex(header.base).c_str(), weights.info.sidecar_sha256, weights.info.base_sha256);
+                adapter_mem_to_hex(header.sidecar).c_str(), adapter_mem_to_hex(header.base).c_str(), adapter.info.sidecar_sha256, adapter.info.base_sha256);
     }
     if (header.kind != kind) {
         llama_adapter_mem_state_fail("state-kind", "the state is that of %s, expected %s", adapter_mem_kind_name(header.kind), adapter_mem_kind_name(kind));
@@ -180,14 +180,14 @@ static void adapter_mem_block_check_size(const llama_adapter_mem_block_header & 
     }
 }
 
-void llama_adapter_mem_block_check_head(const llama_adapter_mem & weights, const llama_adapter_mem_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells) {
+void llama_adapter_mem_block_check_head(const llama_adapter_mem & adapter, const llama_adapter_mem_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells) {
     adapter_mem_block_check_version(header);
     adapter_mem_block_check_size(header, n_rest);
 
-    llama_adapter_mem_block_check(weights, header, kind, n_cells);
+    llama_adapter_mem_block_check(adapter, header, kind, n_cells);
 }
 
-void llama_adapter_mem_block_check_cells(const llama_adapter_mem & weights, const llama_adapter_mem_block_header & header, const std::vector<float> & cells) {
+void llama_adapter_mem_block_check_cells(const llama_adapter_mem & adapter, const llama_adapter_mem_block_header & header, const std::vector<float> & cells) {
     const auto digest = adapter_mem_block_hash(header, cells.data(), cells.size() * sizeof(float));
 
     if (memcmp(digest.data(), header.checksum, sizeof(header.checksum)) != 0) {
@@ -201,18 +201,18 @@ void llama_adapter_mem_block_check_cells(const llama_adapter_mem & weights, cons
 
     const size_t n_cell = (size_t) header.n_layer * header.n_cell;
     for (size_t i = 0; i < cells.size(); i += n_cell) {
-        const std::string what = llama_adapter_mem_cell_check(weights, cells.data() + i);
+        const std::string what = llama_adapter_mem_cell_check(adapter, cells.data() + i);
         if (!what.empty()) {
             llama_adapter_mem_state_fail("state-values", "%s", what.c_str());
         }
     }
 }
 
-std::string llama_adapter_mem_cell_check(const llama_adapter_mem & weights, const float * cell) {
-    const int64_t n_cell   = ggml_rwkv_ms_n_cell(&weights.params);
-    const float   n_period = (float) weights.params.n_state * weights.params.n_chunk;
+std::string llama_adapter_mem_cell_check(const llama_adapter_mem & adapter, const float * cell) {
+    const int64_t n_cell   = adapter.core.n_cell();
+    const float   n_period = (float) adapter.core.params.n_state * adapter.core.params.n_chunk;
 
-    for (const auto & layer : weights.layers) {
+    for (const auto & layer : adapter.layers) {
         for (int64_t j = 0; j < n_cell; ++j) {
             if (!std::isfinite(cell[j])) {
                 return format("layer %d: value %lld is not finite", layer.il, (long long) j);
@@ -230,7 +230,7 @@ std::string llama_adapter_mem_cell_check(const llama_adapter_mem & weights, cons
     return "";
 }
 
-void llama_adapter_mem_block_check_data(const llama_adapter_mem & weights, const uint8_t * data, size_t size, uint32_t kind, uint32_t n_cells) {
+void llama_adapter_mem_block_check_data(const llama_adapter_mem & adapter, const uint8_t * data, size_t size, uint32_t kind, uint32_t n_cells) {
     llama_adapter_mem_block_header header = {};
 
     memcpy(&header, data, std::min(size, sizeof(header)));
@@ -249,10 +249,10 @@ void llama_adapter_mem_block_check_data(const llama_adapter_mem & weights, const
         llama_adapter_mem_state_fail("state-checksum", "the memory does not have its checksum: the state is damaged");
     }
 
-    llama_adapter_mem_block_check(weights, header, kind, n_cells);
+    llama_adapter_mem_block_check(adapter, header, kind, n_cells);
 
     std::vector<float> cells(n_values);
     memcpy(cells.data(), data + sizeof(header), cells.size() * sizeof(float));
 
-    llama_adapter_mem_block_check_cells(weights, header, cells);
+    llama_adapter_mem_block_check_cells(adapter, header, cells);
 }

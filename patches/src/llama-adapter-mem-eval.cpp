@@ -1,5 +1,4 @@
-#include "llama-adapter-mem-graph.h"
-
+#include "llama-adapter-mem-impl.h"
 #include "llama-impl.h"
 
 #include "ggml-backend.h"
@@ -8,7 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 
-// One layer of memory on host arrays. The graph is the model's (llama_adapter_mem_build_core), so that what is compared with
+// One layer of memory on host arrays. The graph is the model's (llama_adapter_mem_core::build), so that what is compared with
 // reference vectors is what runs.
 
 static int64_t llama_adapter_mem_dim(const llama_adapter_mem_tensors & tensors, const char * name, size_t i) {
@@ -48,18 +47,22 @@ static void llama_adapter_mem_eval_impl(const llama_adapter_mem_eval_params & p)
         tensors.emplace(p.names[i], std::move(tensor));
     }
 
-    ggml_rwkv_ms_params params = {};
-    params.n_rank              = p.rank;
-    params.n_head              = p.n_head;
-    params.n_state             = p.n_state;
-    params.n_chunk             = p.n_chunk;
-    params.semantics           = p.semantics;
-    params.update              = p.update_mode;
-    params.couple_lambda       = p.couple_lambda;
-    params.erase_gate          = p.erase_gate;
-    params.trace               = p.trace != nullptr;
-    params.n_gate              = from_features ? D : llama_adapter_mem_dim(tensors, "beta", 0);
-    params.n_lora              = from_features ? 0 : llama_adapter_mem_dim(tensors, "rwkv.w1", 1);
+    llama_adapter_mem_hparams hparams;
+    hparams.rank          = p.rank;
+    hparams.n_head        = p.n_head;
+    hparams.n_state       = p.n_state;
+    hparams.n_chunk       = p.n_chunk;
+    hparams.semantics     = p.semantics;
+    hparams.update_mode   = p.update_mode;
+    hparams.couple_lambda = p.couple_lambda;
+    hparams.erase_gate    = p.erase_gate;
+    hparams.n_gate        = from_features ? D : llama_adapter_mem_dim(tensors, "beta", 0);
+    hparams.n_lora        = from_features ? 0 : llama_adapter_mem_dim(tensors, "rwkv.w1", 1);
+
+    llama_adapter_mem_core kind   = llama_adapter_mem_core_rwkv_ms(hparams);
+    ggml_rwkv_ms_params &  params = kind.params;
+
+    params.trace = p.trace != nullptr;
 
     const int64_t G = params.n_gate;
     const int64_t L = params.n_lora;
@@ -98,7 +101,8 @@ static void llama_adapter_mem_eval_impl(const llama_adapter_mem_eval_params & p)
     llama_adapter_mem_layer layer;
 
     ggml_tensor * core;
-    ggml_tensor * delta[LLAMA_ADAPTER_MEM_HEAD_COUNT] = {};
+    ggml_tensor * weight[LLAMA_ADAPTER_MEM_HEAD_COUNT] = {};
+    ggml_tensor * delta[LLAMA_ADAPTER_MEM_HEAD_COUNT]  = {};
 
     ggml_cgraph * gf = ggml_new_graph(ctx.get());
 
@@ -108,7 +112,7 @@ static void llama_adapter_mem_eval_impl(const llama_adapter_mem_eval_params & p)
         layer.in   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, p.n_embd, D + (p.couple_lambda ? 1 : 2) * G);
         layer.core = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_weight(&params));
 
-        core = llama_adapter_mem_build_core(ctx.get(), params, layer, x, state, ids);
+        core = kind.build(ctx.get(), layer, x, state, ids);
     }
     ggml_build_forward_expand(gf, core);
 
@@ -117,12 +121,12 @@ static void llama_adapter_mem_eval_impl(const llama_adapter_mem_eval_params & p)
             if (llama_adapter_mem_dim(tensors, head_name[h], 1) != D) {
                 throw std::runtime_error(format("tensor '%s' has not %lld columns", head_name[h], (long long) D));
             }
-            layer.delta[h] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, llama_adapter_mem_dim(tensors, head_name[h], 0), D);
+            weight[h] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, llama_adapter_mem_dim(tensors, head_name[h], 0), D);
 
             // a traced row ends with out, then the routes
             ggml_tensor * out = params.trace ? ggml_view_2d(ctx.get(), core, D, T, core->nb[1], 12 * D * sizeof(float)) : core;
 
-            delta[h] = llama_adapter_mem_build_delta(ctx.get(), layer, (llama_adapter_mem_head) h, out);
+            delta[h] = llama_adapter_mem_build_delta(ctx.get(), weight[h], out);
             ggml_build_forward_expand(gf, delta[h]);
         }
     }
@@ -154,11 +158,11 @@ static void llama_adapter_mem_eval_impl(const llama_adapter_mem_eval_params & p)
     set(state, cell);
 
     if (!from_features) {
-        set(layer.in, llama_adapter_mem_pack_in(tensors, p.couple_lambda));
-        set(layer.core, llama_adapter_mem_pack_core(tensors, p.couple_lambda));
+        set(layer.in, kind.pack_in(tensors));
+        set(layer.core, kind.pack_core(tensors));
         for (int h = 0; h < LLAMA_ADAPTER_MEM_HEAD_COUNT; ++h) {
             if (delta[h]) {
-                set(layer.delta[h], llama_adapter_mem_pack_delta(tensors, head_name[h], p.alpha / p.rank));
+                set(weight[h], llama_adapter_mem_pack_delta(tensors, head_name[h], p.alpha / p.rank));
             }
         }
     }

@@ -1,133 +1,144 @@
 #include "llama-adapter-mem-graph.h"
 
-#include "llama-graph.h"
+#include "llama-adapter-mem-impl.h"
+#include "llama-arch.h"
+#include "llama-impl.h"
 #include "llama-memory-adapter.h"
 
-//
-// llm_graph_input_adapter_mem
-//
+#include <stdexcept>
 
-// the state cell and the mask of each token
-class llm_graph_input_adapter_mem : public llm_graph_input_i {
-public:
-    llm_graph_input_adapter_mem(const llama_memory_adapter * mem) : mem(mem) {}
-
-    void set_input(const llama_ubatch * ubatch) override {
-        // the op writes the state in place: the scheduler must not have replaced it with a copy on another backend
-        for (const auto & node : nodes) {
-            GGML_ASSERT(node.first->src[1] == node.second);
-        }
-
-        std::vector<int32_t> data(2 * ubatch->n_tokens);
-        std::vector<float>   factor(ubatch->n_tokens);
-
-        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-            const auto & seq = mem->get_seq_params(ubatch->seq_id[i][0]);
-
-            data[2 * i + 0] = ubatch->seq_id[i][0];
-            data[2 * i + 1] = seq.frozen ? GGML_RWKV_MS_MASK_FROZEN : GGML_RWKV_MS_MASK_LIVE;
-            factor[i]       = seq.scale;
-        }
-
-        ggml_backend_tensor_set(ids, data.data(), 0, ggml_nbytes(ids));
-        if (scale) {
-            ggml_backend_tensor_set(scale, factor.data(), 0, ggml_nbytes(scale));
-        }
+llama_adapter_mem_graph * llama_adapter_mem_graph::init(const llm_graph_params & params) {
+    if (!params.adapter_mem) {
+        return nullptr;
     }
-
-    bool can_reuse(const llm_graph_params & params) override {
-        return mem == params.adapter_mem && ids->ne[1] == params.ubatch.n_tokens && mem->has_scale() == (scale != nullptr);
-    }
-
-    const llama_memory_adapter * mem;
-
-    ggml_tensor * ids   = nullptr; // I32 [2, n_tokens]
-    ggml_tensor * scale = nullptr; // F32 [1, n_tokens], nullptr if it is 1 for all sequences
-
-    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> nodes; // the op and its state
-};
-
-//
-// llama_adapter_mem_graph
-//
-
-ggml_tensor * llama_adapter_mem_build_core(
-        ggml_context *                  ctx,
-        const ggml_rwkv_ms_params &     params,
-        const llama_adapter_mem_layer & layer,
-        ggml_tensor *                   h,
-        ggml_tensor *                   state,
-        ggml_tensor *                   ids) {
-    ggml_tensor * x = ggml_mul_mat(ctx, layer.in, h); // [D + G (+ G), n_tokens]
-    ggml_prec_set_src(x, GGML_PREC_F32, 1);           // whatever the number of tokens
-
-    return ggml_rwkv_ms(ctx, x, layer.core, state, ids, &params); // [D, n_tokens]
+    return static_cast<llama_adapter_mem_graph *>(params.res->add_input(llm_graph_input_ptr(new llama_adapter_mem_graph(params))));
 }
 
-ggml_tensor * llama_adapter_mem_build_delta(ggml_context * ctx, const llama_adapter_mem_layer & layer, llama_adapter_mem_head head, ggml_tensor * core) {
-    // an outer product, because D is too short for the dot products of a matrix multiplication to be fast
-    return ggml_out_prod(ctx, layer.delta[head], ggml_transpose(ctx, core));
+llama_adapter_mem_graph::llama_adapter_mem_graph(const llm_graph_params & params) :
+    mem(params.adapter_mem), layers(mem->get_adapter().layers.size()) {
+    ggml_context * ctx = params.res->get_ctx();
+
+    ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, params.ubatch.n_tokens);
+    ggml_set_input(ids);
+    ggml_set_name(ids, "adapter_mem_ids");
+
+    if (mem->has_scale()) {
+        scale = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, params.ubatch.n_tokens);
+        ggml_set_input(scale);
+        ggml_set_name(scale, "adapter_mem_scale");
+    }
 }
 
-llama_adapter_mem_graph::llama_adapter_mem_graph(const llm_graph_context & gctx) : gctx(gctx) {
-    if (!gctx.adapter_mem) {
-        return;
+// some of the tokens, chosen where their outputs are
+static bool adapter_mem_is_rows(const ggml_tensor * t) {
+    while (t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_CONT || t->op == GGML_OP_MUL) {
+        t = t->src[0];
     }
-
-    auto res = std::make_unique<llm_graph_input_adapter_mem>(gctx.adapter_mem);
-
-    res->ids = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_I32, 2, gctx.n_tokens);
-    ggml_set_input(res->ids);
-    ggml_set_name(res->ids, "rwkv_ms_ids");
-
-    if (gctx.adapter_mem->has_scale()) {
-        res->scale = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, 1, gctx.n_tokens);
-        ggml_set_input(res->scale);
-        ggml_set_name(res->scale, "rwkv_ms_scale");
-    }
-
-    inp = static_cast<llm_graph_input_adapter_mem *>(gctx.res->add_input(std::move(res)));
+    return t->op == GGML_OP_GET_ROWS;
 }
 
-void llama_adapter_mem_graph::read(ggml_tensor * h, int il) {
-    layer = inp ? inp->mem->get_weights().get_layer(il) : nullptr;
-    if (!layer) {
-        return;
+[[noreturn]] static void adapter_mem_fail(const llm_graph_context & gctx, const llama_adapter_mem & adapter, const std::string & name, const char * what) {
+    throw std::runtime_error(format("sidecar '%s': [base-graph] the graph of architecture '%s' %s %s: a memory cannot be added to it",
+            adapter.path.c_str(), llm_arch_name(gctx.arch), what, name.c_str()));
+}
+
+ggml_tensor * llama_adapter_mem_graph::add(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
+    const auto & adapter = mem->get_adapter();
+    const auto * weight  = adapter.get_weight(w);
+    if (!weight) {
+        return res;
     }
+    n_met[w]++;
 
-    const auto & weights = inp->mem->get_weights();
+    auto & layer = layers[weight->i_layer];
 
-    ggml_tensor * state = inp->mem->get_state(layer - weights.layers.data());
+    if (weight->is_in && !layer.core) {
+        layer.h = cur;
+        if (ggml_nrows(cur) != gctx.n_tokens) {
+            adapter_mem_fail(gctx, adapter, weight->name, "has not all tokens at");
+        }
 
-    core = llama_adapter_mem_build_core(gctx.ctx0, weights.params, *layer, h, state, inp->ids);
-    gctx.cb(core, "rwkv_ms_core", il);
+        ggml_tensor * state = mem->get_state(weight->i_layer);
 
-    inp->nodes.emplace_back(core, state);
+        const int il = adapter.layers[weight->i_layer].il;
 
-    // run the op where its state lies, which is where it is supported: see llama_adapter_mem_buft_op
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(gctx.sched); ++i) {
-        ggml_backend_t backend = ggml_backend_sched_get_backend(gctx.sched, i);
+        layer.core = adapter.core.build(gctx.ctx0, adapter.layers[weight->i_layer], cur, state, ids);
+        gctx.cb(layer.core, "adapter_mem_core", il);
 
-        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(state->buffer)) && ggml_backend_supports_op(backend, core)) {
-            ggml_backend_sched_set_tensor_backend(gctx.sched, core, backend);
-            break;
+        // run the op where its state lies, which is where it is supported: see llama_adapter_mem_buft_op
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(gctx.sched); ++i) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(gctx.sched, i);
+
+            if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(state->buffer)) && ggml_backend_supports_op(backend, layer.core)) {
+                ggml_backend_sched_set_tensor_backend(gctx.sched, layer.core, backend);
+                break;
+            }
         }
     }
-
-    if (inp->scale) {
-        core = ggml_mul(gctx.ctx0, core, inp->scale);
+    if (weight->is_in && layer.h != cur) {
+        adapter_mem_fail(gctx, adapter, weight->name, "has another hidden state at");
+    }
+    if (!weight->delta) {
+        return res;
+    }
+    if (!layer.core || res->ne[1] != gctx.n_tokens || adapter_mem_is_rows(cur)) {
+        adapter_mem_fail(gctx, adapter, weight->name, "has not all tokens at");
     }
 
-    this->il = il;
+    if (scale && !layer.scaled) {
+        layer.scaled = ggml_mul(gctx.ctx0, layer.core, scale);
+    }
+
+    ggml_tensor * core  = scale && !weight->norm ? layer.scaled : layer.core;
+    ggml_tensor * delta = llama_adapter_mem_build_delta(gctx.ctx0, weight->delta, core); // [width, n_tokens]
+    if (weight->norm) {
+        // which would take a factor out
+        delta = ggml_mul(gctx.ctx0, ggml_rms_norm(gctx.ctx0, delta, weight->norm_eps), weight->norm);
+        delta = scale ? ggml_mul(gctx.ctx0, delta, scale) : delta;
+    }
+    gctx.cb(delta, "adapter_mem_delta", adapter.layers[weight->i_layer].il);
+
+    return ggml_add(gctx.ctx0, res, delta);
 }
 
-ggml_tensor * llama_adapter_mem_graph::add(ggml_tensor * cur, llama_adapter_mem_head head) const {
-    if (!layer || !layer->delta[head]) {
-        return cur;
+void llama_adapter_mem_graph::check(const llm_graph_context & gctx) const {
+    const auto & adapter = mem->get_adapter();
+
+    for (const auto & [w, weight] : adapter.weights) {
+        const auto it = n_met.find(w);
+        if (weight.delta && (it == n_met.end() || it->second != 1)) {
+            adapter_mem_fail(gctx, adapter, weight.name, it == n_met.end() ? "does not multiply, in a place that is known," : "multiplies more than once");
+        }
+    }
+}
+
+void llama_adapter_mem_graph::set_input(const llama_ubatch * ubatch) {
+    if (!ids->buffer) {
+        return; // no head is active
     }
 
-    ggml_tensor * delta = llama_adapter_mem_build_delta(gctx.ctx0, *layer, head, core); // [width, n_tokens]
-    gctx.cb(delta, "rwkv_ms_delta", il);
+    // the op writes the state in place: the scheduler must not have replaced it with a copy on another backend
+    for (size_t i = 0; i < layers.size(); ++i) {
+        GGML_ASSERT(!layers[i].core || layers[i].core->src[1] == mem->get_state(i));
+    }
 
-    return ggml_add(gctx.ctx0, cur, delta);
+    std::vector<int32_t> data(2 * ubatch->n_tokens);
+    std::vector<float>   factor(ubatch->n_tokens);
+
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        const auto & seq = mem->get_seq_params(ubatch->seq_id[i][0]);
+
+        data[2 * i + 0] = ubatch->seq_id[i][0];
+        data[2 * i + 1] = seq.frozen ? GGML_RWKV_MS_MASK_FROZEN : GGML_RWKV_MS_MASK_LIVE;
+        factor[i]       = seq.scale;
+    }
+
+    ggml_backend_tensor_set(ids, data.data(), 0, ggml_nbytes(ids));
+    if (scale) {
+        ggml_backend_tensor_set(scale, factor.data(), 0, ggml_nbytes(scale));
+    }
+}
+
+bool llama_adapter_mem_graph::can_reuse(const llm_graph_params & params) {
+    return mem == params.adapter_mem && ids->ne[1] == params.ubatch.n_tokens && mem->has_scale() == (scale != nullptr);
 }

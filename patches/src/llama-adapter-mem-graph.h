@@ -1,45 +1,45 @@
 #pragma once
 
-// The memory in the compute graph of a base model: three kinds of calls in the model's graph builder.
+// The memory in one compute graph of a base model. Every projection of a model goes through build_lora_mm, which asks here
+// whether something is to be added to the product: the first of a target layer's q, k, v projections shows the hidden
+// state that the memory reads and writes with.
 
-#include "llama-adapter-mem-impl.h"
+#include "llama-graph.h"
 
-struct llm_graph_context;
+#include <unordered_map>
+#include <vector>
 
-class llm_graph_input_adapter_mem;
+class llama_memory_adapter;
 
-// the recurrent core on the hidden state h [n_embd, n_tokens]; state and ids as in ggml_rwkv_ms
-// sets *core to the node that has to run where the state lies
-ggml_tensor * llama_adapter_mem_build_core(
-        ggml_context *                  ctx,
-        const ggml_rwkv_ms_params &     params,
-        const llama_adapter_mem_layer & layer,
-        ggml_tensor *                   h,
-        ggml_tensor *                   state,
-        ggml_tensor *                   ids);
-
-// the delta of a head [width, n_tokens] from the output of the core [D, n_tokens]
-ggml_tensor * llama_adapter_mem_build_delta(ggml_context * ctx, const llama_adapter_mem_layer & layer, llama_adapter_mem_head head, ggml_tensor * core);
-
-// Usage, once a graph: construct, then for each layer read() and, for each head, add().
-// Without a memory, and in layers that are not target layers, read() does nothing and add() returns cur.
-class llama_adapter_mem_graph {
+class llama_adapter_mem_graph : public llm_graph_input_i {
 public:
-    explicit llama_adapter_mem_graph(const llm_graph_context & gctx);
+    // makes it an input of the graph, which owns it; nullptr if params have no memory
+    static llama_adapter_mem_graph * init(const llm_graph_params & params);
 
-    // reads and writes the memory with h [n_embd, n_tokens], the output of the layer's input norm
-    void read(ggml_tensor * h, int il);
+    // res [width, n_tokens] = w @ cur, and the memory's delta of it
+    ggml_tensor * add(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res);
 
-    // cur [width, n_tokens] + the delta of this head
-    ggml_tensor * add(ggml_tensor * cur, llama_adapter_mem_head head) const;
+    // throws std::runtime_error if not all deltas came into the graph, once each
+    void check(const llm_graph_context & gctx) const;
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
 
 private:
-    const llm_graph_context & gctx;
+    explicit llama_adapter_mem_graph(const llm_graph_params & params);
 
-    llm_graph_input_adapter_mem * inp = nullptr;
+    const llama_memory_adapter * mem;
 
-    // of the current layer, nullptr if it is not a target layer
-    const llama_adapter_mem_layer * layer = nullptr;
-    ggml_tensor *                   core  = nullptr; // [D, n_tokens]
-    int                             il    = -1;
+    ggml_tensor * ids   = nullptr; // I32 [2, n_tokens]: the state cell and the mask of each token
+    ggml_tensor * scale = nullptr; // F32 [1, n_tokens], nullptr if it is 1 for all sequences
+
+    struct layer {
+        ggml_tensor * h      = nullptr; // [n_embd, n_tokens], what the memory reads and writes with
+        ggml_tensor * core   = nullptr; // [D, n_tokens], the op
+        ggml_tensor * scaled = nullptr; // times scale
+    };
+
+    std::vector<layer> layers; // of the sidecar
+
+    std::unordered_map<const ggml_tensor *, int> n_met; // how often a weight of the base came by
 };

@@ -107,6 +107,7 @@ static void adapter_mem_read_update_mode(const json & config, llama_adapter_mem_
 
 // what a delta rule does with q, k and its deltas
 static void adapter_mem_read_delta_rule(const json & config, llama_adapter_mem_hparams & hparams) {
+    hparams.n_chunk      = ADAPTER_MEM_MAX_PERIOD; // of the counter, which is for display
     hparams.normalize_qk = llama_adapter_mem_config_bool(config, "normalize_qk");
     hparams.o_norm       = llama_adapter_mem_config_bool(config, "delta_o_rmsnorm");
 

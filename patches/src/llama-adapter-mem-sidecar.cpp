@@ -163,7 +163,8 @@ void llama_adapter_mem_sidecar::base_hash_check() const {
     }
     if (sha != base_sha256) {
         try {
-            llama_adapter_mem_fail("base-hash", "base '%s' has SHA-256 %s, but the sidecar is bound to %s: load the base that it was made for",
+            llama_adapter_mem_fail("base-hash", "base '%s' has SHA-256 %s, but the sidecar is bound to %s: load the base that it was made for, or, for "
+                                                "another quantisation of that model, a sidecar that `llamamem sidecar rebind` bound to it",
                     path_base.c_str(), sha.c_str(), base_sha256.c_str());
         } catch (const std::exception & e) {
             throw std::runtime_error("sidecar '" + path + "': " + e.what());

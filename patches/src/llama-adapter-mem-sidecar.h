@@ -32,7 +32,7 @@ struct llama_adapter_mem_hparams {
     bool couple_lambda = true;
 
     // RWKV-MS
-    uint32_t n_chunk    = 0; // C, tokens
+    uint32_t n_chunk    = 0; // C, tokens; of a delta rule 2^24, where its counter wraps
     uint32_t n_lora     = 0; // L
     uint32_t semantics  = 0; // 1 or 2, 0 of another kind
     float    erase_gate = 1.0f;

@@ -47,8 +47,8 @@ uint32_t llama_adapter_mem_block_kind_of(llama_seq_id seq_id, llama_state_seq_fl
 }
 
 void llama_adapter_mem_state_check(const llama_context & ctx, const uint8_t * data, size_t size, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    const auto & weights = ctx.get_model().adapter_mem;
-    if (!weights || size == SIZE_MAX) { // SIZE_MAX: the caller does not say
+    const auto & adapter = ctx.get_model().adapter_mem;
+    if (!adapter || size == SIZE_MAX) { // SIZE_MAX: the caller does not say
         return;
     }
 
@@ -62,7 +62,7 @@ void llama_adapter_mem_state_check(const llama_context & ctx, const uint8_t * da
         llama_adapter_mem_state_fail("state-truncated", "the state has %zu bytes: it is cut", size);
     }
 
-    llama_adapter_mem_block_check_data(*weights, data + skip, size - skip, llama_adapter_mem_block_kind_of(seq_id, flags), seq_id < 0 ? ctx.get_cparams().n_seq_max : 1);
+    llama_adapter_mem_block_check_data(*adapter, data + skip, size - skip, llama_adapter_mem_block_kind_of(seq_id, flags), seq_id < 0 ? ctx.get_cparams().n_seq_max : 1);
 }
 
 void llama_adapter_mem_state_check_base(uint32_t first) {
@@ -100,7 +100,7 @@ size_t llama_adapter_mem_state_save(
 //
 
 static void adapter_mem_check_begin(
-        const llama_adapter_mem & weights,
+        const llama_adapter_mem & adapter,
         uint32_t                  kind,
         uint32_t                  n_cells,
         const uint8_t *           begin,
@@ -119,7 +119,7 @@ static void adapter_mem_check_begin(
     memcpy(&header, begin + i_block, std::min(n_begin - i_block, sizeof(header)));
 
     const size_t n_before = i_block + sizeof(header);
-    llama_adapter_mem_block_check_head(weights, header, n_state > n_before ? n_state - n_before : 0, kind, n_cells);
+    llama_adapter_mem_block_check_head(adapter, header, n_state > n_before ? n_state - n_before : 0, kind, n_cells);
 
     if (kind == LLAMA_ADAPTER_MEM_BLOCK_MEMORY && n_tokens > 0) {
         llama_adapter_mem_state_fail("state-shape", "the state is a memory alone, and has %zu tokens", n_tokens);
@@ -288,14 +288,14 @@ static size_t adapter_mem_unpack(const llama_model * model, const llama_adapter_
 }
 
 size_t llama_model_adapter_mem_n_values(const llama_model * model) {
-    return model->adapter_mem ? model->adapter_mem->layers.size() * ggml_rwkv_ms_n_cell(&model->adapter_mem->params) : 0;
+    return model->adapter_mem ? model->adapter_mem->layers.size() * ggml_rwkv_ms_n_cell(&model->adapter_mem->core.params) : 0;
 }
 
 int64_t llama_model_adapter_mem_get_state(const llama_model * model, const float * values, uint32_t i, float * S, float * prev) {
     if (!model->adapter_mem || i >= model->adapter_mem->layers.size()) {
         return -1;
     }
-    const auto & params = model->adapter_mem->params;
+    const auto & params = model->adapter_mem->core.params;
     return ggml_rwkv_ms_cell_get(&params, values + i * ggml_rwkv_ms_n_cell(&params), S, prev);
 }
 

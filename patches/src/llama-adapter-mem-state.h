@@ -71,7 +71,7 @@ LLAMA_ATTRIBUTE_FORMAT(2, 3)
 
 // header and cells; origins has as many cells as cells, or none
 std::vector<uint8_t> llama_adapter_mem_block_write(
-        const llama_adapter_mem &         weights,
+        const llama_adapter_mem &         adapter,
         uint32_t                          kind,
         const std::vector<float> &        cells,
         const std::vector<float> &        origins,
@@ -84,19 +84,19 @@ llama_adapter_mem_setting llama_adapter_mem_block_setting(const llama_adapter_me
 uint64_t llama_adapter_mem_block_n_cells(const llama_adapter_mem_block_header & header);
 
 // fails unless the header is one of the given kind for this model and n_cells sequences
-void llama_adapter_mem_block_check(const llama_adapter_mem & weights, const llama_adapter_mem_block_header & header, uint32_t kind, uint32_t n_cells);
+void llama_adapter_mem_block_check(const llama_adapter_mem & adapter, const llama_adapter_mem_block_header & header, uint32_t kind, uint32_t n_cells);
 
 // fails unless n_rest bytes follow this header, as it says; then of the same things as the one above
-void llama_adapter_mem_block_check_head(const llama_adapter_mem & weights, const llama_adapter_mem_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells);
+void llama_adapter_mem_block_check_head(const llama_adapter_mem & adapter, const llama_adapter_mem_block_header & header, uint64_t n_rest, uint32_t kind, uint32_t n_cells);
 
 // fails unless header and cells have the checksum, and the cells can be ones
-void llama_adapter_mem_block_check_cells(const llama_adapter_mem & weights, const llama_adapter_mem_block_header & header, const std::vector<float> & cells);
+void llama_adapter_mem_block_check_cells(const llama_adapter_mem & adapter, const llama_adapter_mem_block_header & header, const std::vector<float> & cells);
 
 // fails unless the data are a whole block of this model and what it says of the KV cache that follows
-void llama_adapter_mem_block_check_data(const llama_adapter_mem & weights, const uint8_t * data, size_t size, uint32_t kind, uint32_t n_cells);
+void llama_adapter_mem_block_check_data(const llama_adapter_mem & adapter, const uint8_t * data, size_t size, uint32_t kind, uint32_t n_cells);
 
 // "" if the values of one cell can be a state, else what is wrong with them
-std::string llama_adapter_mem_cell_check(const llama_adapter_mem & weights, const float * cell);
+std::string llama_adapter_mem_cell_check(const llama_adapter_mem & adapter, const float * cell);
 
 // A whole state in RAM as llama_context reads it, before any of it is read: fails if its block is not whole, or of another
 // kind or model. seq_id -1: of the whole context. Does nothing without a memory.

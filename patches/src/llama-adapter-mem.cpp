@@ -2,11 +2,13 @@
 
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-memory-adapter.h"
 #include "llama-model.h"
 
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -26,83 +28,75 @@ ggml_context_ptr llama_adapter_mem_ctx(size_t n_tensors) {
 }
 
 //
-// packing
+// llama_adapter_mem_core
 //
 
-ggml_rwkv_ms_params llama_adapter_mem_params_from_hparams(const llama_adapter_mem_hparams & hparams) {
-    ggml_rwkv_ms_params res = {};
+llama_adapter_mem_core::llama_adapter_mem_core(const llama_adapter_mem_hparams & hparams) {
+    params.n_rank        = hparams.rank;
+    params.n_head        = hparams.n_head;
+    params.n_gate        = hparams.n_gate;
+    params.update        = hparams.update_mode;
+    params.couple_lambda = hparams.couple_lambda;
+}
 
-    res.n_rank        = hparams.rank;
-    res.n_head        = hparams.n_head;
-    res.n_state       = hparams.n_state;
-    res.n_chunk       = hparams.n_chunk;
-    res.n_lora        = hparams.n_lora;
-    res.n_gate        = hparams.n_gate;
-    res.semantics     = hparams.semantics;
-    res.update        = hparams.update_mode;
-    res.couple_lambda = hparams.couple_lambda;
-    res.erase_gate    = hparams.erase_gate;
+static void adapter_mem_append(std::vector<float> & dst, const std::vector<float> & src) {
+    dst.insert(dst.end(), src.begin(), src.end());
+}
 
+std::vector<float> llama_adapter_mem_core::pack_in(const llama_adapter_mem_tensors & tensors) const {
+    std::vector<float> res;
+
+    for (const char * name : names_in) {
+        adapter_mem_append(res, tensors.at(name).data);
+    }
+    adapter_mem_append(res, tensors.at("beta").data);
+    if (!params.couple_lambda) {
+        adapter_mem_append(res, tensors.at("lambda").data);
+    }
     return res;
 }
 
-static void llama_adapter_mem_append(std::vector<float> & dst, const llama_adapter_mem_tensors & tensors, const char * name) {
-    const auto & data = tensors.at(name).data;
-    dst.insert(dst.end(), data.begin(), data.end());
+std::vector<float> llama_adapter_mem_core::pack_core(const llama_adapter_mem_tensors & tensors) const {
+    std::vector<float> res;
+
+    adapter_mem_append(res, tensors.at("beta_b").data);
+    if (!params.couple_lambda) {
+        adapter_mem_append(res, tensors.at("lambda_b").data);
+    }
+    for (const char * name : names) {
+        adapter_mem_append(res, tensors.at(name).data);
+    }
+    for (const char * name : names_transposed) {
+        adapter_mem_append(res, llama_adapter_mem_pack_delta(tensors, name, 1.0f));
+    }
+    return res;
 }
 
-// torch's [out, in] -> [in][out]
-static std::vector<float> llama_adapter_mem_transposed(const llama_adapter_mem_tensor & tensor) {
+ggml_tensor * llama_adapter_mem_core::build(ggml_context * ctx, const llama_adapter_mem_layer & layer, ggml_tensor * h, ggml_tensor * state, ggml_tensor * ids) const {
+    ggml_tensor * x = ggml_mul_mat(ctx, layer.in, h); // [n_in, n_tokens]
+    ggml_prec_set_src(x, GGML_PREC_F32, 1);           // whatever the number of tokens
+
+    return ggml_rwkv_ms(ctx, x, layer.core, state, ids, &params); // [D, n_tokens]
+}
+
+std::vector<float> llama_adapter_mem_pack_delta(const llama_adapter_mem_tensors & tensors, const char * name, float factor) {
+    const auto & tensor = tensors.at(name);
+
     const int64_t n_out = tensor.shape[0];
     const int64_t n_in  = tensor.shape[1];
 
     std::vector<float> res(n_out * n_in);
     for (int64_t o = 0; o < n_out; ++o) {
         for (int64_t i = 0; i < n_in; ++i) {
-            res[i * n_out + o] = tensor.data[o * n_in + i];
+            res[i * n_out + o] = tensor.data[o * n_in + i] * factor;
         }
     }
     return res;
 }
 
-std::vector<float> llama_adapter_mem_pack_in(const llama_adapter_mem_tensors & tensors, bool couple_lambda) {
-    std::vector<float> res;
-
-    llama_adapter_mem_append(res, tensors, "mem_v");
-    llama_adapter_mem_append(res, tensors, "beta");
-    if (!couple_lambda) {
-        llama_adapter_mem_append(res, tensors, "lambda");
-    }
-    return res;
-}
-
-std::vector<float> llama_adapter_mem_pack_core(const llama_adapter_mem_tensors & tensors, bool couple_lambda) {
-    std::vector<float> res;
-
-    llama_adapter_mem_append(res, tensors, "beta_b");
-    if (!couple_lambda) {
-        llama_adapter_mem_append(res, tensors, "lambda_b");
-    }
-    for (const char * name : { "x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight",
-                 "w1", "a1", "g1", "w2", "a2", "g2" }) {
-        llama_adapter_mem_append(res, tensors, (std::string("rwkv.") + name).c_str());
-    }
-
-    for (const char * name : { "rwkv.receptance.weight", "rwkv.key.weight", "rwkv.value.weight", "rwkv.output.weight" }) {
-        const auto data = llama_adapter_mem_transposed(tensors.at(name));
-        res.insert(res.end(), data.begin(), data.end());
-    }
-    return res;
-}
-
-std::vector<float> llama_adapter_mem_pack_delta(const llama_adapter_mem_tensors & tensors, const char * name, float scale) {
-    const auto & tensor = tensors.at(name);
-
-    std::vector<float> res = llama_adapter_mem_transposed(tensor);
-    for (float & x : res) {
-        x *= scale;
-    }
-    return res;
+ggml_tensor * llama_adapter_mem_build_delta(ggml_context * ctx, ggml_tensor * delta, ggml_tensor * core) {
+    // an outer product, because D is too short for the dot products of a matrix multiplication to be fast
+    return ggml_out_prod(ctx, delta, ggml_transpose(ctx, core));
 }
 
 //
@@ -114,11 +108,9 @@ ggml_backend_buffer_type_t llama_adapter_mem_buft_op(const llama_model & model, 
     auto * dev     = model.dev_layer(il);
 
     if (dev && dev != dev_cpu) {
-        const int64_t D = params.n_head * params.n_rank;
-
         ggml_context_ptr ctx = llama_adapter_mem_ctx(5);
 
-        auto * x     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, D + (params.couple_lambda ? 1 : 2) * params.n_gate, 1);
+        auto * x     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_in(&params), 1);
         auto * w     = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_weight(&params));
         auto * state = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_rwkv_ms_n_cell(&params), 1);
         auto * ids   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2, 1);
@@ -131,130 +123,198 @@ ggml_backend_buffer_type_t llama_adapter_mem_buft_op(const llama_model & model, 
     return ggml_backend_dev_buffer_type(dev_cpu);
 }
 
-llama_adapter_mem::llama_adapter_mem(const llama_model & model, const llama_adapter_mem_sidecar & sidecar, llama_adapter_mem_mode mode) :
-    params(llama_adapter_mem_params_from_hparams(sidecar.hparams)),
-    no_alloc(model.hparams.no_alloc) {
-    const auto & hparams = sidecar.hparams;
+static llama_adapter_mem_core adapter_mem_core_init(const llama_adapter_mem_sidecar & sidecar) {
+    switch (sidecar.kind) {
+        case LLAMA_ADAPTER_MEM_KIND_RWKV_MS:
+            return llama_adapter_mem_core_rwkv_ms(sidecar.hparams);
+        case LLAMA_ADAPTER_MEM_KIND_DELTA_RULE:
+            return llama_adapter_mem_core_delta_rule(sidecar.hparams);
+    }
+    GGML_ABORT("fatal error");
+}
 
-    auto set_hex = [](char (&dst)[65], const std::string & src) {
+// everything that the deltas of a head are multiplied by
+static float adapter_mem_factor(const llama_adapter_mem_hparams & hparams, const llama_adapter_mem_tensors & tensors, int head) {
+    const float res = hparams.alpha / hparams.rank;
+    if (hparams.n_scale == 0) {
+        return res;
+    }
+    const float raw = tensors.at("delta_scale").data[hparams.n_scale == 1 ? 0 : head];
+
+    return res * hparams.scale_max / (1.0f + std::exp(-raw));
+}
+
+// tensors by the buffer types that they lie in
+class adapter_mem_allocator {
+public:
+    explicit adapter_mem_allocator(size_t n_tensors) : n_tensors(n_tensors) {}
+
+    ggml_tensor * create(ggml_backend_buffer_type_t buft, const std::vector<float> & data, int64_t ne0, int64_t ne1, const char * name, int il) {
+        GGML_ASSERT((int64_t) data.size() == ne0 * ne1);
+
+        auto & ctx = ctxs[buft];
+        if (!ctx) {
+            ctx = llama_adapter_mem_ctx(n_tensors);
+        }
+        ggml_tensor * res = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ne0, ne1);
+        ggml_format_name(res, "%s.%d", name, il);
+        values.emplace_back(res, data);
+        return res;
+    }
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> alloc(bool no_alloc) {
+        std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> res;
+
+        for (auto & [buft, ctx] : ctxs) {
+            ggml_backend_buffer_ptr buf;
+            if (no_alloc) {
+                buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+                for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t != nullptr; t = ggml_get_next_tensor(ctx.get(), t)) {
+                    t->buffer = buf.get(); // so that the scheduler does not try to allocate it
+                }
+            } else {
+                buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+            }
+            if (!buf) {
+                throw std::runtime_error(format("failed to allocate a buffer for the sidecar in %s", ggml_backend_buft_name(buft)));
+            }
+            ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+
+            LLAMA_LOG_INFO("%s: %10s sidecar buffer size = %8.2f MiB\n", __func__,
+                    ggml_backend_buft_name(buft), ggml_backend_buffer_get_size(buf.get()) / 1024.0 / 1024.0);
+
+            res.emplace_back(std::move(ctx), std::move(buf));
+        }
+        for (const auto & [tensor, data] : values) {
+            if (!no_alloc) {
+                ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));
+            }
+        }
+        return res;
+    }
+
+private:
+    const size_t n_tensors;
+
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr>    ctxs;
+    std::vector<std::pair<ggml_tensor *, std::vector<float>>> values;
+};
+
+llama_adapter_mem::llama_adapter_mem(const llama_model & model, const llama_adapter_mem_sidecar & sidecar, llama_adapter_mem_mode mode) :
+    path(sidecar.path), core(adapter_mem_core_init(sidecar)), no_alloc(model.hparams.no_alloc) {
+    const auto & hparams = sidecar.hparams;
+    const auto & params  = core.params;
+
+    auto set_text = [](auto & dst, const std::string & src) {
         snprintf(dst, sizeof(dst), "%s", src.c_str());
     };
-    set_hex(info.sidecar_sha256, sidecar.sha256);
-    set_hex(info.base_sha256, sidecar.base_sha256);
-    set_hex(info.fingerprint, sidecar.fingerprint);
+    set_text(info.sidecar_sha256, sidecar.sha256);
+    set_text(info.base_sha256, sidecar.base_sha256);
+    set_text(info.fingerprint, sidecar.fingerprint);
+    set_text(info.kind, llama_adapter_mem_kind_name(sidecar.kind));
 
     info.n_layer   = sidecar.layers.size();
-    info.rank      = hparams.rank;
-    info.n_head    = hparams.n_head;
+    info.rank      = params.n_rank;
+    info.n_head    = params.n_head;
     info.n_state   = hparams.n_state;
     info.n_chunk   = hparams.n_chunk;
     info.semantics = hparams.semantics;
     info.alpha     = hparams.alpha;
     info.mode      = mode;
 
-    const int64_t D      = params.n_head * params.n_rank;
-    const int64_t n_in   = D + (params.couple_lambda ? 1 : 2) * params.n_gate;
-    const int64_t n_embd = model.hparams.n_embd;
+    const int64_t D = params.n_head * params.n_rank;
 
-    const char * head_name[LLAMA_ADAPTER_MEM_HEAD_COUNT] = { "delta_q", "delta_k", "delta_v", "delta_o" };
+    static const char * const names[LLAMA_ADAPTER_MEM_HEAD_COUNT] = { "delta_q", "delta_k", "delta_v", "delta_o" };
 
-    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
-
-    auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
-        auto & ctx = ctx_map[buft];
-        if (!ctx) {
-            ctx = llama_adapter_mem_ctx(sidecar.layers.size() * (2 + LLAMA_ADAPTER_MEM_HEAD_COUNT));
-        }
-        return ctx.get();
-    };
+    adapter_mem_allocator tensors(sidecar.layers.size() * (3 + LLAMA_ADAPTER_MEM_HEAD_COUNT));
 
     for (const auto & src : sidecar.layers) {
+        auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(src.il));
+
         llama_adapter_mem_layer layer;
-        layer.il = src.il;
+        layer.il   = src.il;
+        layer.in   = tensors.create(buft, core.pack_in(src.tensors), model.hparams.n_embd, ggml_rwkv_ms_n_in(&params), "adapter_mem_in", src.il);
+        layer.core = tensors.create(llama_adapter_mem_buft_op(model, params, src.il), core.pack_core(src.tensors), ggml_rwkv_ms_n_weight(&params), 1,
+                "adapter_mem_core", src.il);
 
-        auto * ctx = ctx_for_buft(ggml_backend_dev_buffer_type(model.dev_layer(src.il)));
+        // [D][width] of a head, zeros where it is not active
+        auto pack = [&](int h) {
+            return sidecar.head[h] ? llama_adapter_mem_pack_delta(src.tensors, names[h], adapter_mem_factor(hparams, src.tensors, h)) : std::vector<float>(D * src.width[h]);
+        };
+        auto add = [&](const ggml_tensor * w, const char * name, bool is_in, bool is_active, const std::vector<float> & data) {
+            if (!w) {
+                return; // as k and v in a layer that shares those of another
+            }
+            auto & weight  = weights[w];
+            weight.i_layer = layers.size();
+            weight.is_in   = is_in;
+            weight.name    = w->name;
+            if (is_active) {
+                weight.delta = tensors.create(buft, data, data.size() / D, D, name, src.il);
+                if (weight.delta->ne[0] != w->ne[1]) {
+                    throw std::runtime_error(format("sidecar '%s': [base-shape] %s has %lld rows, the sidecar's deltas of it %lld", sidecar.path.c_str(),
+                            w->name, (long long) w->ne[1], (long long) weight.delta->ne[0]));
+                }
+            }
+        };
 
-        layer.in = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n_in);
-        ggml_format_name(layer.in, "rwkv_ms_in.%d", layer.il);
+        const auto & base = model.layers[src.il];
+        if (base.wqkv) {
+            // one product of all three, in this order
+            const std::vector<float> q = pack(LLAMA_ADAPTER_MEM_HEAD_Q);
+            const std::vector<float> k = pack(LLAMA_ADAPTER_MEM_HEAD_K);
+            const std::vector<float> v = pack(LLAMA_ADAPTER_MEM_HEAD_V);
 
-        for (int h = 0; h < LLAMA_ADAPTER_MEM_HEAD_COUNT; ++h) {
-            if (sidecar.head[h]) {
-                layer.delta[h] = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, src.width[h], D);
-                ggml_format_name(layer.delta[h], "rwkv_ms_%s.%d", head_name[h], layer.il);
+            std::vector<float> data;
+            for (int64_t i = 0; i < D; ++i) {
+                for (const auto * x : { &q, &k, &v }) {
+                    data.insert(data.end(), x->begin() + i * (x->size() / D), x->begin() + (i + 1) * (x->size() / D));
+                }
+            }
+            add(base.wqkv, "adapter_mem_delta_qkv", true, sidecar.head[0] || sidecar.head[1] || sidecar.head[2], data);
+        } else {
+            const ggml_tensor * const w[3] = { base.wq, base.wk, base.wv };
+            for (int h = 0; h < 3; ++h) {
+                add(w[h], format("adapter_mem_%s", names[h]).c_str(), true, sidecar.head[h], pack(h));
             }
         }
+        add(base.wo, "adapter_mem_delta_o", false, sidecar.head[LLAMA_ADAPTER_MEM_HEAD_O], pack(LLAMA_ADAPTER_MEM_HEAD_O));
 
-        layer.core = ggml_new_tensor_1d(ctx_for_buft(llama_adapter_mem_buft_op(model, params, src.il)),
-                GGML_TYPE_F32, ggml_rwkv_ms_n_weight(&params));
-        ggml_format_name(layer.core, "rwkv_ms_core.%d", layer.il);
+        if (hparams.o_norm && sidecar.head[LLAMA_ADAPTER_MEM_HEAD_O]) {
+            auto & weight   = weights.at(base.wo);
+            weight.norm     = tensors.create(buft, src.tensors.at("delta_o_norm").data, src.width[LLAMA_ADAPTER_MEM_HEAD_O], 1, "adapter_mem_norm_o", src.il);
+            weight.norm_eps = hparams.o_norm_eps;
+        }
 
         layers.push_back(layer);
     }
 
-    for (auto & [buft, ctx] : ctx_map) {
-        ggml_backend_buffer_ptr buf;
-        if (no_alloc) {
-            buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
-            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t != nullptr; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = buf.get(); // so that the scheduler does not try to allocate it
-            }
-        } else {
-            buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
-        }
-        if (!buf) {
-            throw std::runtime_error(format("failed to allocate a buffer for the sidecar in %s", ggml_backend_buft_name(buft)));
-        }
-        ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-
-        LLAMA_LOG_INFO("%s: %10s sidecar buffer size = %8.2f MiB\n", __func__,
-                ggml_backend_buft_name(buft), ggml_backend_buffer_get_size(buf.get()) / 1024.0 / 1024.0);
-
-        ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
-    }
-
-    if (no_alloc) {
-        return;
-    }
-
-    auto set = [](ggml_tensor * tensor, const std::vector<float> & data) {
-        GGML_ASSERT(ggml_nbytes(tensor) == data.size() * sizeof(float));
-        ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));
-    };
-
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const auto & tensors = sidecar.layers[i].tensors;
-
-        set(layers[i].in, llama_adapter_mem_pack_in(tensors, params.couple_lambda));
-        set(layers[i].core, llama_adapter_mem_pack_core(tensors, params.couple_lambda));
-
-        for (int h = 0; h < LLAMA_ADAPTER_MEM_HEAD_COUNT; ++h) {
-            if (layers[i].delta[h]) {
-                set(layers[i].delta[h], llama_adapter_mem_pack_delta(tensors, head_name[h], hparams.alpha / hparams.rank));
-            }
-        }
-    }
+    ctxs_bufs = tensors.alloc(no_alloc);
 }
 
-const llama_adapter_mem_layer * llama_adapter_mem::get_layer(int32_t il) const {
-    for (const auto & layer : layers) {
-        if (layer.il == il) {
-            return &layer;
-        }
-    }
-    return nullptr;
+const llama_adapter_mem_weight * llama_adapter_mem::get_weight(const ggml_tensor * w) const {
+    const auto it = weights.find(w);
+
+    return it == weights.end() ? nullptr : &it->second;
 }
 
-void llama_adapter_mem::check_cparams(const llama_cparams & cparams) const {
+llama_memory_i * llama_adapter_mem::wrap(const llama_model & model, llama_memory_i * inner, const llama_cparams & cparams) const {
+    llama_memory_ptr res{ inner };
+
+    if (!res) {
+        throw std::runtime_error("memory adapter: the architecture of the base has no context that goes on, so it cannot have a memory");
+    }
     if (info.mode != LLAMA_ADAPTER_MEM_MODE_BATCHED && cparams.n_seq_max > 1) {
         throw std::runtime_error(format(
-                "rwkv-ms: mode '%s' allows one sequence, this context has %u: use one, or --rwkv-ms-mode batched",
+                "memory: mode '%s' allows one sequence, this context has %u: use one, or --memory-mode batched",
                 llama_adapter_mem_mode_name(info.mode), cparams.n_seq_max));
     }
     if (info.mode == LLAMA_ADAPTER_MEM_MODE_SERIAL && cparams.n_ubatch > 1) {
         throw std::runtime_error(format(
-                "rwkv-ms: mode 'serial' allows --ubatch-size 1, this context has %u: use 1, or --rwkv-ms-mode fused",
+                "memory: mode 'serial' allows --ubatch-size 1, this context has %u: use 1, or --memory-mode fused",
                 cparams.n_ubatch));
     }
+    return new llama_memory_adapter(model, *this, std::move(res), cparams.offload_kqv, cparams.n_seq_max);
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_adapter_mem::memory_breakdown() const {
@@ -309,7 +369,22 @@ void llama_adapter_mem_sidecar_free(llama_adapter_mem_sidecar * sidecar) {
     delete sidecar;
 }
 
-bool llama_model_set_adapter_mem(llama_model * model, const llama_adapter_mem_sidecar * sidecar, llama_adapter_mem_mode mode, char * err, size_t n_err) {
+// held to reference logits, see docs/porting.md [TAG_ADAPTER_MEM_TESTED]
+static const llm_arch adapter_mem_tested[] = { LLM_ARCH_GEMMA4, LLM_ARCH_GEMMA3, LLM_ARCH_QWEN3, LLM_ARCH_SMOLLM3, LLM_ARCH_LLAMA };
+
+static void adapter_mem_check_tested(const llama_adapter_mem_sidecar & sidecar, const llama_model & model, bool untested) {
+    if (std::find(std::begin(adapter_mem_tested), std::end(adapter_mem_tested), model.arch) != std::end(adapter_mem_tested)) {
+        return;
+    }
+    if (!untested) {
+        throw std::runtime_error(format("sidecar '%s': [base-untested] no test is about a memory on architecture '%s': --memory-untested tries it",
+                sidecar.path.c_str(), llm_arch_name(model.arch)));
+    }
+    LLAMA_LOG_WARN("%s: no test is about a memory on architecture '%s': compare it with the reference before it is relied on\n", __func__,
+            llm_arch_name(model.arch));
+}
+
+bool llama_model_set_adapter_mem(llama_model * model, const llama_adapter_mem_sidecar * sidecar, llama_adapter_mem_mode mode, bool untested, char * err, size_t n_err) {
     try {
         if (model->adapter_mem) {
             throw std::runtime_error(format("%s: the model already has a sidecar; load the model again to change it", sidecar->path.c_str()));
@@ -320,6 +395,7 @@ bool llama_model_set_adapter_mem(llama_model * model, const llama_adapter_mem_si
         }
 
         llama_adapter_mem_sidecar_check_model(*sidecar, *model);
+        adapter_mem_check_tested(*sidecar, *model, untested);
 
         sidecar->base_hash_check();
 
@@ -339,7 +415,7 @@ bool llama_model_load_adapter_mem(
         char * err, size_t n_err) {
     std::unique_ptr<llama_adapter_mem_sidecar> sidecar{ llama_adapter_mem_sidecar_init(path_sidecar, path_base, err, n_err) };
 
-    return sidecar && llama_model_set_adapter_mem(model, sidecar.get(), mode, err, n_err);
+    return sidecar && llama_model_set_adapter_mem(model, sidecar.get(), mode, false, err, n_err);
 }
 
 bool llama_model_adapter_mem_info(const llama_model * model, llama_adapter_mem_info * info) {

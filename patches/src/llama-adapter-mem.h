@@ -46,14 +46,16 @@ LLAMA_API void llama_adapter_mem_sidecar_free(struct llama_adapter_mem_sidecar *
 
 // Gives the model a memory. To be called once, after the model is loaded and before its first context.
 // Waits for the base's hash and refuses a base other than the bound one (not checked if path_base was NULL: for estimates).
+// An architecture that no test is about is refused, or if untested is set warned of.
 // On success the model keeps what it needs; the caller still frees the sidecar.
 LLAMA_API bool llama_model_set_adapter_mem(
         struct llama_model *                     model,
         const struct llama_adapter_mem_sidecar * sidecar,
         enum llama_adapter_mem_mode              mode,
+        bool                                     untested,
         char * err, size_t n_err);
 
-// the three calls above in one
+// the three calls above in one, for architectures that are tested
 LLAMA_API bool llama_model_load_adapter_mem(
         struct llama_model *        model,
         const char *                path_sidecar,
@@ -70,11 +72,13 @@ struct llama_adapter_mem_info {
     uint32_t rank;           // R
     uint32_t n_head;         // N, state heads
     uint32_t n_state;        // M, states per head
-    uint32_t n_chunk;        // C, tokens
-    uint32_t semantics;      // 1 or 2
+    uint32_t n_chunk;        // C, tokens; 2^24 of the delta rule
+    uint32_t semantics;      // 1 or 2; 0 of the delta rule
     float    alpha;
 
     enum llama_adapter_mem_mode mode;
+
+    char kind[16]; // rwkv_ms or delta_rule
 };
 
 // false if the model has no memory

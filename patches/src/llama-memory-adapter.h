@@ -1,6 +1,6 @@
 #pragma once
 
-// A KV cache with an RWKV-MS state beside it: one fixed state cell per sequence.
+// The states of a memory beside whatever memory the base has: a fixed state cell per sequence.
 //
 // The state is valid at one position only, the end of its sequence. What cannot be done with such a state is refused
 // and changes nothing; what removes old text keeps the memory of it, which is what a memory is for.
@@ -8,48 +8,46 @@
 // A sequence can start with a memory, its origin, instead of an empty one. Removing all of its text, seq_rm(0, -1), puts
 // the memory back to the origin; removing the sequence, seq_rm(-1, -1), leaves nothing.
 
-#include "llama-kv-cache-iswa.h"
 #include "llama-adapter-mem-impl.h"
+#include "llama-memory.h"
 
 #include <vector>
 
-class llama_memory_adapter : public llama_kv_cache_iswa {
+class llama_memory_adapter : public llama_memory_i {
 public:
-    // the arguments after weights go to llama_kv_cache_iswa
     llama_memory_adapter(
             const llama_model &       model,
-            const llama_adapter_mem & weights,
-            ggml_type                 type_k,
-            ggml_type                 type_v,
-            bool                      v_trans,
+            const llama_adapter_mem & adapter,
+            llama_memory_ptr          inner,
             bool                      offload,
-            bool                      swa_full,
-            bool                      unified,
-            uint32_t                  kv_size,
-            uint32_t                  n_seq_max,
-            uint32_t                  n_ubatch,
-            uint32_t                  n_pad,
-            const layer_filter_cb &   filter,
-            const layer_reuse_cb &    reuse);
+            uint32_t                  n_seq_max);
 
     //
     // llama_memory_i
     //
 
+    // the contexts are those of the inner memory: its graph inputs cast them
     llama_memory_context_ptr init_batch(
             llama_batch_allocr & balloc,
             uint32_t             n_ubatch,
             bool                 embd_all) override;
 
+    llama_memory_context_ptr init_full() override;
+
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override;
 
     void clear(bool data) override;
 
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
     void seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id) override;
+    void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
@@ -60,7 +58,10 @@ public:
     // llama_memory_adapter specific API
     //
 
-    const llama_adapter_mem & get_weights() const { return weights; }
+    // the memory of a model that shares another one's (cparams.ctx_other) takes what is inside; mem itself if it is no adapter
+    static llama_memory_i * get_inner(llama_memory_i * mem);
+
+    const llama_adapter_mem & get_adapter() const { return adapter; }
 
     uint32_t get_n_cells() const { return n_cells; }
 
@@ -97,7 +98,9 @@ public:
 
 private:
     const llama_model &       model;
-    const llama_adapter_mem & weights;
+    const llama_adapter_mem & adapter;
+
+    const llama_memory_ptr inner;
 
     const uint32_t n_cells;
     const int64_t  n_cell; // elements of a cell
@@ -118,6 +121,8 @@ private:
     struct seq_info {
         std::vector<float> origin;
         seq_params         params;
+
+        llama_pos pos_min = 0; // of its text, as far as that is known: a memory may have dropped what is outside of a window
     };
 
     std::vector<seq_info> seqs; // [n_cells]
@@ -135,4 +140,8 @@ private:
     };
 
     rm_type get_rm_type(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // the part of a saved state that is the inner memory's
+    void inner_state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const;
+    void inner_state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags, uint64_t n_bytes);
 };

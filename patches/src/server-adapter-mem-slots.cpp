@@ -44,7 +44,7 @@ static std::string adapter_mem_reason(int id_slot, const char * def) {
     if (what.empty()) {
         return def;
     }
-    LOG_WRN("rwkv-ms: slot %d: rolled back, nothing is changed: %s\n", id_slot, what.c_str());
+    LOG_WRN("memory: slot %d: rolled back, nothing is changed: %s\n", id_slot, what.c_str());
     return what;
 }
 
@@ -140,7 +140,7 @@ std::string server_adapter_mem::check(int id_slot) const {
 }
 
 common_json server_adapter_mem::result(int id_slot, const server_task & task, int n_reused) const {
-    if (!task.params.adapter_mem.is_given) {
+    if (task.params.adapter_mem.name.empty()) {
         return nullptr;
     }
 
@@ -154,7 +154,7 @@ common_json server_adapter_mem::result(int id_slot, const server_task & task, in
     if (task.params.adapter_mem.return_memory) {
         res["memory"] = server_adapter_mem_encode(model(), values);
     }
-    return res;
+    return { { task.params.adapter_mem.name, res } };
 }
 
 void server_adapter_mem::end(int id_slot, const server_prompt & prompt, const server_task & task, uint64_t n_computed) {
@@ -275,7 +275,7 @@ server_task_result_ptr server_adapter_mem::action(const server_task & task, serv
 
     try {
         if (action.rfind("memory-", 0) == 0 && !has_memory()) {
-            throw std::invalid_argument("this server has no memory: start it with --rwkv-ms-sidecar");
+            throw std::invalid_argument("this server has no memory: start it with --memory-adapter");
         }
 
         auto & slot = slots[id_slot];
@@ -303,7 +303,7 @@ server_task_result_ptr server_adapter_mem::action(const server_task & task, serv
         } else {
             std::optional<bool>  frozen;
             std::optional<float> scale;
-            server_adapter_mem_parse_setting(task.slot_action.data, frozen, scale);
+            server_adapter_mem_parse_setting(task.slot_action.data, "memory_adapter", frozen, scale);
 
             slot.frozen = frozen.value_or(slot.frozen);
             slot.scale  = scale.value_or(slot.scale);

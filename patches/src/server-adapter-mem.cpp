@@ -49,6 +49,7 @@ common_json server_adapter_mem_props(const llama_model * model) {
         { "states", info.n_state },
         { "chunk", info.n_chunk },
         { "semantics", info.semantics },
+        { "kind", info.kind },
         { "mode", llama_adapter_mem_mode_name(info.mode) },
         { "alpha", info.alpha },
         { "features", common_json::array({ "memory", "continues" }) },
@@ -63,22 +64,22 @@ void server_adapter_mem_log(const llama_model * model, const common_params & par
     }
 
     if (params.n_parallel == 1) {
-        LOG_INF("rwkv-ms: one slot\n");
+        LOG_INF("memory: one slot\n");
     } else {
-        LOG_INF("rwkv-ms: %d slots\n", params.n_parallel);
+        LOG_INF("memory: %d slots\n", params.n_parallel);
     }
-    LOG_INF("rwkv-ms: prompt cache %s: cache_prompt=%d cache_ram=%d MiB\n",
+    LOG_INF("memory: prompt cache %s: cache_prompt=%d cache_ram=%d MiB\n",
             params.cache_prompt || params.cache_ram_mib != 0 ? "on" : "off", params.cache_prompt, params.cache_ram_mib);
-    LOG_INF("rwkv-ms: context checkpoints %s: max=%d\n", params.n_ctx_checkpoints > 0 ? "on" : "off", params.n_ctx_checkpoints);
-    LOG_INF("rwkv-ms: warm-up %s\n", params.warmup ? "done" : "skipped");
+    LOG_INF("memory: context checkpoints %s: max=%d\n", params.n_ctx_checkpoints > 0 ? "on" : "off", params.n_ctx_checkpoints);
+    LOG_INF("memory: warm-up %s\n", params.warmup ? "done" : "skipped");
     if (params.slot_save_path.empty()) {
-        LOG_INF("rwkv-ms: slot save/restore disabled\n");
+        LOG_INF("memory: slot save/restore disabled\n");
     } else {
-        LOG_INF("rwkv-ms: slot save/restore enabled: %s\n", params.slot_save_path.c_str());
+        LOG_INF("memory: slot save/restore enabled: %s\n", params.slot_save_path.c_str());
     }
     // a context that could drop the end of a sequence would let the memory of it stay
     if (seq_rm_type == COMMON_CONTEXT_SEQ_RM_TYPE_FULL && params.n_cache_reuse == 0) {
-        LOG_INF("rwkv-ms: exact-prefix reuse: a prompt reuses a sequence only if it extends all of it\n");
+        LOG_INF("memory: exact-prefix reuse: a prompt reuses a sequence only if it extends all of it\n");
     }
 }
 
@@ -130,7 +131,19 @@ std::string server_adapter_mem_encode(const llama_model * model, const std::vect
 // requests
 //
 
-void server_adapter_mem_parse_setting(const common_json & data, std::optional<bool> & frozen, std::optional<float> & scale) {
+// The member of a request that is about the memory, "" if there is none. It was named for the first kind of memory, and
+// answers say it as the request does.
+static std::string adapter_mem_name(const common_json & data) {
+    const auto is_there = [&](const char * name) { return data.is_object() && data.contains(name) && !data.at(name).is_null(); };
+
+    if (is_there("memory_adapter") && is_there("rwkv_ms")) {
+        throw std::invalid_argument("\"memory_adapter\" and \"rwkv_ms\" are two names of the same: leave one out");
+    }
+    return is_there("memory_adapter") ? "memory_adapter" : is_there("rwkv_ms") ? "rwkv_ms"
+                                                                               : "";
+}
+
+void server_adapter_mem_parse_setting(const common_json & data, const std::string & name, std::optional<bool> & frozen, std::optional<float> & scale) {
     for (const auto & item : data.items()) {
         const auto & value = item.value();
 
@@ -139,42 +152,40 @@ void server_adapter_mem_parse_setting(const common_json & data, std::optional<bo
         } else if (item.key() == "scale" && value.is_number() && std::fabs(value.get<double>()) <= ADAPTER_MEM_SCALE_MAX) {
             scale = value.get<float>();
         } else {
-            throw std::invalid_argument("\"rwkv_ms\": \"" + item.key().substr(0, 64) + "\" is not \"frozen\" (true or false) or \"scale\" (a number from -16 to 16)"
-                                                                                       ", nor, in a request, \"memory\" (base64 or null) or \"return_memory\" (true or false)");
+            throw std::invalid_argument("\"" + name + "\": \"" + item.key().substr(0, 64) + "\" is not \"frozen\" (true or false) or \"scale\" (a number from -16 to 16)"
+                                                                                            ", nor, in a request, \"memory\" (base64 or null) or \"return_memory\" (true or false)");
         }
     }
 }
 
-static bool adapter_mem_take_bool(common_json & data, const char * name, bool def) {
-    if (!data.contains(name)) {
-        return def;
-    }
-    const auto value = data.at(name);
-    if (!value.is_boolean()) {
-        throw std::invalid_argument(std::string("\"rwkv_ms\": \"") + name + "\" must be true or false");
-    }
-    data.erase(name);
-    return value.get<bool>();
-}
-
 static void adapter_mem_parse(const llama_model * model, common_json data, size_t n_texts, server_adapter_mem_params & params) {
+    const auto fail = [&](const char * what) {
+        throw std::invalid_argument("\"" + params.name + "\"" + what);
+    };
+
     if (!data.is_object()) {
-        throw std::invalid_argument("\"rwkv_ms\" must be an object");
+        fail(" must be an object");
     }
     if (llama_model_adapter_mem_n_values(model) == 0) {
-        throw std::invalid_argument("\"rwkv_ms\": this server has no memory: start it with --rwkv-ms-sidecar");
+        fail(": this server has no memory: start it with --memory-adapter");
     }
 
-    params.is_given      = true;
-    params.return_memory = adapter_mem_take_bool(data, "return_memory", false);
+    if (data.contains("return_memory")) {
+        const auto value = data.at("return_memory");
+        if (!value.is_boolean()) {
+            fail(": \"return_memory\" must be true or false");
+        }
+        data.erase("return_memory");
+        params.return_memory = value.get<bool>();
+    }
     if (params.return_memory && n_texts > 1) {
-        throw std::invalid_argument("\"rwkv_ms\": \"return_memory\" goes with one answer, this request is for several");
+        fail(": \"return_memory\" goes with one answer, this request is for several");
     }
 
     if (data.contains("memory")) {
         const auto memory = data.at("memory");
         if (!memory.is_null() && !memory.is_string()) {
-            throw std::invalid_argument("\"rwkv_ms\": \"memory\" must be base64 of a memory-only state file, or null");
+            fail(": \"memory\" must be base64 of a memory-only state file, or null");
         }
         data.erase("memory");
 
@@ -185,7 +196,7 @@ static void adapter_mem_parse(const llama_model * model, common_json data, size_
         }
     }
 
-    server_adapter_mem_parse_setting(data, params.frozen, params.scale);
+    server_adapter_mem_parse_setting(data, params.name, params.frozen, params.scale);
 }
 
 int server_adapter_mem_parse_slot(const common_json & value, int n_slots) {
@@ -198,8 +209,9 @@ int server_adapter_mem_parse_slot(const common_json & value, int n_slots) {
 
 int server_adapter_mem_parse(const llama_model * model, const common_json & data, int n_slots, size_t n_texts, server_adapter_mem_params & params) {
     try {
-        if (data.contains("rwkv_ms") && !data.at("rwkv_ms").is_null()) {
-            adapter_mem_parse(model, data.at("rwkv_ms"), n_texts, params);
+        params.name = adapter_mem_name(data);
+        if (!params.name.empty()) {
+            adapter_mem_parse(model, data.at(params.name), n_texts, params);
         }
         if (!data.contains("id_slot") || data.at("id_slot").is_null() || data.at("id_slot") == common_json_value(-1)) {
             return -1;
@@ -212,14 +224,15 @@ int server_adapter_mem_parse(const llama_model * model, const common_json & data
 }
 
 void server_adapter_mem_refuse(const common_json & data) {
-    if (data.is_object() && data.contains("rwkv_ms") && !data.at("rwkv_ms").is_null()) {
+    const std::string name = adapter_mem_name(data);
+    if (!name.empty()) {
         server_adapter_mem_count(SERVER_ADAPTER_MEM_REFUSALS);
-        throw std::invalid_argument("\"rwkv_ms\": this route reads no memory; leave it out");
+        throw std::invalid_argument("\"" + name + "\": this route reads no memory; leave it out");
     }
 }
 
 void server_adapter_mem_forward(const common_json & from, common_json & to) {
-    for (const char * name : { "rwkv_ms", "id_slot", "cache_prompt" }) {
+    for (const char * name : { "memory_adapter", "rwkv_ms", "id_slot", "cache_prompt" }) {
         if (from.contains(name)) {
             to[name] = from.at(name);
         }
@@ -232,8 +245,10 @@ common_json server_adapter_mem_attach(common_json answer, const common_json & ad
     }
     auto & last = answer.is_array() && !answer.empty() ? answer.back() : answer;
     // events of Anthropic's and OpenAI's streams: the object is in their data
-    auto & object     = last.contains("data") && last.at("data").is_object() ? last["data"] : last;
-    object["rwkv_ms"] = adapter_mem;
+    auto & object = last.contains("data") && last.at("data").is_object() ? last["data"] : last;
+    for (const auto & item : adapter_mem.items()) {
+        object[item.key()] = item.value();
+    }
     return answer;
 }
 

@@ -32,9 +32,9 @@ struct server_adapter_mem_setting {
     uint64_t lora   = 0; // hash of the scales of the LoRA adapters
 };
 
-// "rwkv_ms" of a request
+// "memory_adapter" of a request, or "rwkv_ms"
 struct server_adapter_mem_params {
-    bool is_given = false;
+    std::string name; // which of the two, "" for none
 
     std::optional<bool>  frozen;
     std::optional<float> scale;
@@ -56,11 +56,11 @@ common_json server_adapter_mem_props(const llama_model * model);
 // one line in the log for each fact about the server that the memory depends on; none without a memory
 void server_adapter_mem_log(const llama_model * model, const common_params & params, common_context_seq_rm_type seq_rm_type);
 
-// Reads "rwkv_ms" and "id_slot" (returned, -1: any) of a request for n_texts answers; throws std::invalid_argument.
+// Reads these and "id_slot" (returned, -1: any) of a request for n_texts answers; throws std::invalid_argument.
 int server_adapter_mem_parse(const llama_model * model, const common_json & data, int n_slots, size_t n_texts, server_adapter_mem_params & params);
 
-// "frozen" and "scale" of an object whose other members are refused
-void server_adapter_mem_parse_setting(const common_json & data, std::optional<bool> & frozen, std::optional<float> & scale);
+// "frozen" and "scale" of the object of that name, whose other members are refused
+void server_adapter_mem_parse_setting(const common_json & data, const std::string & name, std::optional<bool> & frozen, std::optional<float> & scale);
 
 // a number of a slot; throws std::invalid_argument
 int server_adapter_mem_parse_slot(const common_json & value, int n_slots);
@@ -78,7 +78,7 @@ std::string                   server_adapter_mem_encode(const llama_model * mode
 // null if all values are zero
 server_adapter_mem_memory_ptr server_adapter_mem_memory_init(std::vector<float> values);
 
-// adds what became of the memory to the last object of an answer
+// adds the members that say what became of the memory to the last object of an answer
 common_json server_adapter_mem_attach(common_json answer, const common_json & adapter_mem);
 
 // Who asked for a slot action, while it waits for the slot: the main thread asks whether the client is still there.

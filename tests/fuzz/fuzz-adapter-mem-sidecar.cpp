@@ -33,9 +33,12 @@ static void check_refusal(const std::string & line) {
 
 static void check_sidecar(const llama_adapter_mem_sidecar & sidecar) {
     const auto & hparams = sidecar.hparams;
-    expect(hparams.rank > 0 && hparams.n_head > 0 && hparams.n_state > 0 && hparams.n_chunk > 0, "no size is 0");
-    expect(hparams.n_lora > 0 && sidecar.n_embd > 0 && !sidecar.layers.empty(), "nothing is empty");
+    expect(hparams.rank > 0 && hparams.n_head > 0 && hparams.n_state > 0, "no size is 0");
+    expect(sidecar.n_embd > 0 && !sidecar.layers.empty(), "nothing is empty");
     expect(std::isfinite(hparams.alpha) && std::isfinite(hparams.erase_gate), "scales are finite");
+    const bool is_delta = sidecar.kind == LLAMA_ADAPTER_MEM_KIND_DELTA_RULE;
+    expect(is_delta || (hparams.n_lora > 0 && hparams.n_chunk > 0), "an RWKV-MS has all of its sizes");
+    expect(sidecar.rope_head_dim % 2 == 0 && !sidecar.base_arch.empty(), "the base is said");
     expect(sidecar.base_sha256.size() == 64 && sidecar.fingerprint.size() == 64, "hashes are whole");
 
     for (const auto & layer : sidecar.layers) {
@@ -43,7 +46,8 @@ static void check_sidecar(const llama_adapter_mem_sidecar & sidecar) {
             const std::string name = std::string("delta_") + "qkvo"[h];
             expect(layer.tensors.count(name) == (sidecar.head[h] ? 1 : 0), "the deltas are those of the active heads");
         }
-        expect(layer.tensors.count("mem_v") && layer.tensors.count("rwkv.output.weight"), "the tensors are there");
+        expect(layer.tensors.count("mem_v") && layer.tensors.count(is_delta ? "mem_q" : "rwkv.output.weight"), "the tensors are there");
+        expect(layer.tensors.count("delta_scale") == (hparams.n_scale > 0 ? 1 : 0), "the scale is there if it is trained");
         for (const auto & [name, tensor] : layer.tensors) {
             size_t n = 1;
             for (const int64_t dim : tensor.shape) {

@@ -40,8 +40,7 @@ static inline op_data op_data_make(const ggml_rwkv_ms_params & p, bool features,
 
     const float fan_in = std::sqrt(24.0f / std::max(24, D)); // of many values, smaller products
 
-
-    const int n_x = features ? 9 * D : D + (p.couple_lambda ? 1 : 2) * p.n_gate;
+    const int n_x = features ? 9 * D : ggml_rwkv_ms_n_in(&p);
     for (int i = 0; i < n_x * n_tokens; ++i) {
         res.x.push_back(features ? unit(rng) - (i % n_x < D ? 0.5f : 0.0f) : normal(rng));
     }
@@ -164,6 +163,10 @@ static inline std::vector<std::pair<const char *, ggml_rwkv_ms_params>> op_shape
         { "rank 8, 16 heads", with([](auto & p) { p.n_head = 16, p.n_gate = 16, p.n_state = 16; }) },
         { "rank 8, 7 states", with([](auto & p) { p.n_state = 7, p.n_chunk = 2; }) },
         { "rank 8, 1 state", with([](auto & p) { p.n_state = 1; }) },
+        { "delta rule", with([](auto & p) { p.semantics = 0, p.n_state = 1, p.normalize_qk = true; }) },
+        { "delta rule, 4 heads, a gate each", with([](auto & p) { p.semantics = 0, p.n_state = 1, p.normalize_qk = true, p.n_head = 4, p.n_gate = 4; }) },
+        { "delta rule, lambda", with([](auto & p) { p.semantics = 0, p.n_state = 1, p.normalize_qk = true, p.couple_lambda = false; }) },
+        { "delta rule, raw", with([](auto & p) { p.semantics = 0, p.n_state = 1, p.update = GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE, p.trace = false; }) },
     };
 }
 
@@ -195,11 +198,11 @@ static inline std::vector<op_overflow> op_overflows(const ggml_rwkv_ms_params & 
     std::vector<op_overflow> res = {
         { "a state of NaN", matrices(NAN), true, true },
         { "an infinite state", matrices(INFINITY), true, true },
-        { "a state of 3.4e38", matrices(3.4e38f), !features, false },
+        { "a state of 3.4e38", matrices(3.4e38f), !features && p.semantics != 0, false },
         { "inputs of NaN", inputs(NAN), true, true },
         { "inputs of 3e38", inputs(3e38f), features || p.semantics == 1, false },
     };
-    if (!features) {
+    if (!features && p.semantics != 0) {
         res.push_back({ "prev of NaN", prev(NAN), true, true });
         res.push_back({ "prev of 1e25", prev(1e25f), false, true });
     }

@@ -336,7 +336,7 @@ static void test_modes(const char * path, const char * path_sidecar) {
         last_error.clear();
         CHECK((bool) ctx_init(model.get(), 1, true, 2) == (mode != LLAMA_ADAPTER_MEM_MODE_SERIAL));
         CHECK((bool) ctx_init(model.get(), 2, true, 1) == (mode == LLAMA_ADAPTER_MEM_MODE_BATCHED));
-        CHECK((mode == LLAMA_ADAPTER_MEM_MODE_BATCHED) == (last_error.find("--rwkv-ms-mode") == std::string::npos));
+        CHECK((mode == LLAMA_ADAPTER_MEM_MODE_BATCHED) == (last_error.find("--memory-mode") == std::string::npos));
     }
 }
 

@@ -261,6 +261,136 @@ static void test_cells(int n_cells, int n_threads) {
     }
 }
 
+//
+// delta rule
+//
+
+static ggml_rwkv_ms_params delta_params(int rank, int n_head, int n_gate) {
+    ggml_rwkv_ms_params res = {};
+
+    res.n_rank        = rank;
+    res.n_head        = n_head;
+    res.n_state       = 1;
+    res.n_chunk       = 1 << 24;
+    res.n_gate        = n_gate;
+    res.semantics     = 0;
+    res.couple_lambda = true;
+    res.erase_gate    = 1.0f;
+    res.normalize_qk  = true;
+    return res;
+}
+
+// Three tokens worked out by hand: q k v and the logits of beta, then what is read, then the state as [i][j].
+static void test_delta_vector() {
+    static const float want[3][6] = {
+        { 0, 0, 0.1611867f, -0.0854278f, 0.8835756f, -0.4682885f },
+        { 0.1373756f, 0.7530503f, -0.4028691f, -0.4959761f, 0.7490065f, -0.3562431f },
+        { -0.6235801f, 0.3668914f, -0.3144929f, -0.0121359f, 0.3971951f, -0.2254593f },
+    };
+    op_data d = { delta_params(2, 1, 2), { 1, 0.5f, 0.5f, -0.25f, 1, 2, -1.5f, 0, 0.3f, -1, 1, 1, -1, 0.5f, 0.5f, -1.5f, 2, 1, -0.5f, 2, 0.25f, -0.75f, 0, 0 },
+        { 0, 0 }, std::vector<float>(6), { 0, 0, 0, 0, 0, 0 } };
+
+    ggml_backend_ptr backend{ ggml_backend_cpu_init() };
+
+    for (int i = 0; i < 3; ++i) {
+        const auto         read = op_run(d, i, 1, backend.get());
+        std::vector<float> S(4);
+
+        CHECK(ggml_rwkv_ms_cell_get(&d.p, d.state.data(), S.data(), nullptr) == i + 1);
+        CHECK(max_diff(read, std::vector<float>(want[i], want[i] + 2)) <= 2e-7);
+        CHECK(max_diff(S, std::vector<float>(want[i] + 2, want[i] + 6)) <= 2e-7);
+    }
+}
+
+// The rule as it is written down, in double; S [N, R, R]
+static std::vector<float> delta_rule(const op_data & d, std::vector<double> & S) {
+    const int R = d.p.n_rank;
+    const int D = d.p.n_head * R;
+    const int G = d.p.n_gate;
+
+    std::vector<float> res;
+
+    for (int64_t t = 0; t < d.n_tokens(); ++t) {
+        const float * x    = d.x.data() + t * d.n_x();
+        const int32_t mask = d.ids[2 * t + 1];
+
+        for (int n = 0; n < d.p.n_head; ++n) {
+            std::vector<double> q, k;
+            for (auto * to : { &q, &k }) {
+                double norm = 0.0;
+                for (int i = 0; i < R; ++i) {
+                    const double raw = x[(to == &k ? D : 0) + n * R + i];
+                    to->push_back(d.p.normalize_qk ? std::tanh(raw) : raw);
+                    norm += to->back() * to->back();
+                }
+                for (double & value : *to) {
+                    value /= d.p.normalize_qk ? std::max(std::sqrt(norm), 1e-6) : 1.0;
+                }
+            }
+            for (int i = 0; i < R; ++i) {
+                double * row = S.data() + (n * R + i) * R;
+
+                const int    ig   = G == D ? n * R + i : n;
+                const auto   gate = [&](int at, int bias) { return 1.0 / (1.0 + std::exp(-(double) x[3 * D + at] - d.weights[bias])); };
+                const double beta = gate(ig, ig);
+                const double lam  = d.p.couple_lambda ? 1.0 - beta : gate(G + ig, G + ig);
+
+                const double keep  = d.p.update == GGML_RWKV_MS_UPDATE_NO_LAMBDA ? 1.0 : lam;
+                const double erase = d.p.update == GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE ? lam * beta : beta;
+
+                double read = 0.0, held = 0.0;
+                for (int j = 0; j < R; ++j) {
+                    read += row[j] * q[j];
+                    held += row[j] * k[j];
+                }
+                res.push_back(mask == GGML_RWKV_MS_MASK_PADDING ? 0.0f : (float) read);
+                for (int j = 0; j < R && mask == GGML_RWKV_MS_MASK_LIVE; ++j) {
+                    row[j] = keep * row[j] - erase * held * k[j] + beta * x[2 * D + n * R + i] * k[j];
+                }
+            }
+        }
+    }
+    return res;
+}
+
+static void test_delta_rule() {
+    ggml_backend_ptr backend{ ggml_backend_cpu_init() };
+
+    for (const int n_head : { 1, 4 }) {
+        for (const bool rankwise : { true, false }) {
+            for (const bool couple : { true, false }) {
+                for (const int update : { GGML_RWKV_MS_UPDATE_STANDARD, GGML_RWKV_MS_UPDATE_LAMBDA_OUTSIDE, GGML_RWKV_MS_UPDATE_NO_LAMBDA }) {
+                    for (const bool normalize : { true, false }) {
+                        auto p = delta_params(8, n_head, rankwise ? 8 * n_head : n_head);
+
+                        p.couple_lambda = couple;
+                        p.update        = update;
+                        p.normalize_qk  = normalize;
+
+                        op_data data = op_data_make(p, false, 1, 40, 5, 0.5f);
+                        data.state.assign(ggml_rwkv_ms_n_cell(&p), 0.0f);
+
+                        std::vector<double>      S(64 * n_head, 0.0);
+                        const std::vector<float> want = delta_rule(data, S);
+
+                        for (const int n_piece : { 40, 1, 7 }) {
+                            op_data            d = data;
+                            std::vector<float> got, S_got(S.size());
+                            for (int64_t t = 0; t < 40; t += n_piece) {
+                                const auto piece = op_run(d, t, std::min<int64_t>(n_piece, 40 - t), backend.get());
+                                got.insert(got.end(), piece.begin(), piece.end());
+                            }
+                            ggml_rwkv_ms_cell_get(&p, d.state.data(), S_got.data(), nullptr);
+                            CHECK(excess(got, want, 2e-6, 2e-6) <= 0);
+                            CHECK(excess(S_got, std::vector<float>(S.begin(), S.end()), 2e-6, 2e-6) <= 0);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 // what overflows stays in its cell
 static void test_overflows() {
     ggml_backend_ptr backend{ ggml_backend_cpu_init() };
@@ -280,6 +410,8 @@ int main(int argc, char ** argv) {
 
     return run_tests({
             { "vectors", [&] { test_vectors(v); } },
+            { "delta rule, by hand", [] { test_delta_vector(); } },
+            { "delta rule", [] { test_delta_rule(); } },
             { "overflows", [] { test_overflows(); } },
             { "cells", [&] {
                  for (int n_cells : { 2, 3, 8, 64 }) {

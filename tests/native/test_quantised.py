@@ -25,6 +25,7 @@ pytestmark = pytest.mark.native
 TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_S", "IQ4_NL", "BF16", "F16")
 # Largest difference of a memory's numbers from those on the dequantised base, a part of the largest of them: the
 # products of a quantised base round the activations to 8 bits, whatever the kernel. 0.07 was seen.
+# tests/reference/test_quantised_memory.py has it against PyTorch, layer by layer, and a bound that it derives.
 ROUNDING = 0.1
 IDS = np.random.default_rng(3).integers(0, 1024, 48)
 
@@ -128,6 +129,18 @@ def test_rebind_between_quantisations(
     first, _ = rebind_sidecar(small[1], q8, tmp_path / "first.gguf")
     done = cli("sidecar", "validate", first.path, "--base", q4)
     assert done.returncode == 2 and "base-hash" in done.stdout and "sidecar rebind" in done.stdout
+    files = ("--model", q4, "--sidecar", first.path)
+    ids, numbers = tmp_path / "ids.npy", tmp_path / "logits.npy"
+    np.save(ids, IDS)
+    np.save(numbers, np.zeros((len(IDS), 1024), np.float32))
+    for command in (
+        ("serve", *files, "--port", "0"),
+        ("smoke", *files),
+        ("bench", *files),
+        ("parity", *files, "--ids", ids, "--logits", numbers),
+    ):
+        done = cli(*command)
+        assert done.returncode == 2 and "base-hash" in done.stderr and "sidecar rebind" in done.stderr, done.stderr
     second, warnings = rebind_sidecar(first.path, q4, tmp_path / "second.gguf")
     assert not warnings and cli("sidecar", "validate", second.path, "--base", q4).returncode == 0
     again, _ = rebind_sidecar(second.path, small[0], tmp_path / "again.gguf")

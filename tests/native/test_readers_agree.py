@@ -29,6 +29,7 @@ from hostile.raw import (
     string,
     values,
 )
+from hostile.version_3 import sound_3
 
 from llamamem.formats.findings import REASONS
 from llamamem.formats.sidecar import validate_sidecar
@@ -118,7 +119,8 @@ def edited(rng: random.Random) -> bytes:
     kind = rng.randrange(8)
     if kind == 0:  # of a real exporter
         return bytes_edited(rng, (DATA / rng.choice(["sidecar-v1.gguf", "sidecar-v2.gguf"])).read_bytes())
-    sidecar = sound(**rng.choice(SOUND))
+    make, options = rng.choice(SOUND)
+    sidecar = make(**options)
     for _ in range(rng.choice([1, 1, 1, 2, 3]) if kind < 6 else 0):
         rng.choice(EDITS)(rng, sidecar)
     if kind == 1:
@@ -174,7 +176,21 @@ def another_value(rng: random.Random, sidecar: Sidecar) -> None:
         key.value = rng.choice(NUMBERS).to_bytes(8, "little")[: len(key.encoded())]
     else:
         key.value = rng.choice(
-            [b"\x00", b"", b"\xff", b"f32", b"rwkv_ms", b"delta", b"Q", b"[]", b"{}", b"[0]", b'["q"]']
+            [
+                b"\x00",
+                b"",
+                b"\xff",
+                b"f32",
+                b"rwkv_ms",
+                b"delta",
+                b"delta_rule",
+                b"norm",
+                b"Q",
+                b"[]",
+                b"{}",
+                b"[0]",
+                b'["q"]',
+            ]
         )
         key.value = string(key.value)
 
@@ -221,9 +237,7 @@ def another_member(rng: random.Random, sidecar: Sidecar) -> None:
         elif action == 1 and isinstance(holder, list):
             holder.insert(at, deepcopy(rng.choice([value, *JSON])))
         elif action == 1:
-            holder[rng.choice(["rank", "x", "", "layer", "online_gain", "normalize_qk", "\xe9"])] = deepcopy(
-                rng.choice(JSON)
-            )
+            holder[rng.choice(MEMBERS)] = deepcopy(rng.choice(JSON))
         else:
             holder[at] = deepcopy(rng.choice(JSON))
 
@@ -240,12 +254,12 @@ def size_in_both_places(rng: random.Random, sidecar: Sidecar) -> None:
     """A figure that the key and config_json agree on."""
     names = ["rank", "num_state_heads", "rwkv_ms_num_states", "rwkv_ms_chunk_size"]
     for key in sidecar.keys:
-        if key.name == "delta_mem.config_json" and isinstance(key.value, dict):
+        if str(key.name).endswith(".config_json") and isinstance(key.value, dict):
             name = rng.choice(names)
             value = rng.choice([n for n in NUMBERS if n < 1 << 32])
             key.value[name] = value
             for other in sidecar.keys:
-                if other.name == f"delta_mem.{name}" and other.type == 4:
+                if str(other.name).endswith(f".{name}") and other.type == 4:
                     other.value = value
 
 
@@ -280,7 +294,7 @@ def another_tensor(rng: random.Random, sidecar: Sidecar) -> None:
 
 
 def more_tensors(rng: random.Random, sidecar: Sidecar) -> None:
-    shorts = ["mem_q", "delta_k", "delta_v", "lambda", "lambda_b", "bias", "rwkv.x_z"]
+    shorts = ["mem_q", "delta_k", "delta_v", "lambda", "lambda_b", "bias", "rwkv.x_z", "delta_scale", "delta_o_norm"]
     tensor = new_tensor(f"blk.{rng.choice([0, 0, 1, 5, 4096])}.{rng.choice(shorts)}", (1, rng.choice([1, 2, 3])))
     sidecar.tensors.insert(rng.randrange(len(sidecar.tensors) + 1), tensor)
 
@@ -296,17 +310,26 @@ def another_end(rng: random.Random, sidecar: Sidecar) -> None:
         sidecar.tail = bytes(rng.choice([1, 31, 32, 33]))
 
 
+MEMBERS = ["rank", "x", "", "layer", "online_gain", "normalize_qk", "\xe9", "memory_backend", "delta_o_rmsnorm"]
+MEMBERS += ["delta_o_rmsnorm_eps", "trainable_delta_scale", "delta_scale_max", "memory_write_granularity"]
 EDITS: list[Edit] = [another_value, another_type, array_key, more_keys, fewer_keys, keys_in_another_order]
 EDITS += [another_member, another_member, another_member, another_text, another_text, size_in_both_places]
 EDITS += [another_tensor, another_tensor, more_tensors, tensors_in_another_order, another_end]
-SOUND: list[dict[str, Any]] = [
-    *({}, {"version": 1}, {"optional": True}, {"couple_lambda": False}, {"kind": 0}, {"kind": 1}, {"layers": (4095,)}),
-    *({"layers": (0, 5), "heads": ("q", "o")}, {"heads": ("v", "o", "k", "q")}),
+SOUND: list[tuple[Callable[..., Sidecar], dict[str, Any]]] = [
+    *(
+        (sound, of)
+        for of in ({}, {"version": 1}, {"optional": True}, {"couple_lambda": False}, {"kind": 0}, {"kind": 1})
+    ),
+    *((sound, of) for of in ({"layers": (4095,)}, {"layers": (0, 5), "heads": ("q", "o")}, {"heads": tuple("vokq")})),
+    *((sound_3, of) for of in ({}, {"kind": "rwkv_ms"}, {"norm": True, "heads": ("q", "k")}, {"optional": True})),
+    *((sound_3, of) for of in ({"scale": "head"}, {"o_norm": True, "heads": ("q", "o")}, {"couple_lambda": False})),
+    *((sound_3, of) for of in ({"kind": "rwkv_ms", "norm": True}, {"layers": (0, 1)}, {"heads": ()})),
 ]
 
 
 def _name(rng: random.Random) -> str | bytes:
-    ours = ["general.name", "general.alignment", "general.architecture", "delta_mem.x", "x", "", b"\xff", "delta_mem."]
+    ours = [f"memory_adapter.{name}" for name in ("x", "rope_head_dim", "omitted_tensors_json", "kind")]
+    ours += ["general.name", "general.alignment", "general.architecture", "delta_mem.x", "x", "", b"\xff", "delta_mem."]
     return rng.choice([*ours, *(f"delta_mem.{name}" for name in PEOPLE)])
 
 

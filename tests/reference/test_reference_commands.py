@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ torch = pytest.importorskip("torch", reason="needs llamamem[reference]")
 pytest.importorskip("transformers", reason="needs llamamem[reference]")
 
 from llamamem.formats.state import read_state  # noqa: E402
+from llamamem.native.vendor import tree_path  # noqa: E402
 from llamamem.proof.conversation_native import NativeConversation, started  # noqa: E402
+from llamamem.proof.one_model import check_one_model  # noqa: E402
 
 MODEL_A = Path(__file__).parents[1] / "data" / "model_a"
 SIDECAR = MODEL_A / "sidecar-v1.gguf"
@@ -87,3 +92,37 @@ def test_errors_are_one_line(
     done = run(*args, "hello")
     assert done.status == 2 and done.out == ""
     assert done.err.startswith("llamamem: error: ") and said in done.err and done.err.count("\n") == 1
+
+
+@pytest.fixture
+def no_template(tmp_path: Path) -> Path:
+    """model_a without a chat template, as many a base is published."""
+    folder = tmp_path / "base"
+    shutil.copytree(MODEL_A, folder, ignore=shutil.ignore_patterns("*.npz", "*.gguf"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = folder / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({key: value for key, value in values.items() if key != "chat_template"}))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["run", "parity"])
+def test_a_base_without_a_chat_template(llamamem: Any, no_template: Path, command: str) -> None:
+    """Exit status 2: 1 would mean that the two sides differ."""
+    files = {
+        "run": ("hello", "--base", no_template, "--max-tokens", "2"),
+        "parity": ("--base", no_template, "--model", MODEL_A / "model-f32.gguf", "--sidecar", SIDECAR),
+    }[command]
+    done = llamamem("reference", command, *files)
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith("llamamem: error: ") and done.err.count("\n") == 1
+    assert "chat template" in done.err and "chat_template.jinja" in done.err
+
+
+def test_llama_cpps_converter_makes_the_base(tmp_path: Path) -> None:
+    """As README says: the pinned tree's own, in the environment that has PyTorch."""
+    script, made = tree_path() / "convert_hf_to_gguf.py", tmp_path / "base.gguf"
+    command = [sys.executable, script, MODEL_A, "--outtype", "f32", "--outfile", made]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert check_one_model(made, MODEL_A / "model-f32.gguf").most == 0

@@ -106,12 +106,12 @@ def test_a_base_only_server_has_neither(serve: Serve, build: Build) -> None:
     props = running.client.props()
     assert "rwkv_ms" not in props and props["llamamem_build"] == build.identity
     assert all("rwkv_ms" not in slot for slot in running.client.slots())
-    assert "rwkv-ms: memory active" not in running.log
+    assert "memory: memory active" not in running.log
 
 
 @pytest.mark.parametrize("profile", ["serial", "fused", "batched"])
 def test_the_log_says_that_memory_is_active(serve: Serve, model: Path, sidecar: Path, profile: str) -> None:
-    lines = re.findall(r"rwkv-ms: memory active: (.*)", serve(profile).log)
+    lines = re.findall(r"memory: memory active: (.*)", serve(profile).log)
     assert len(lines) == 1
     assert f"mode={profile}" in lines[0] and "semantics=1" in lines[0]
     assert f"sidecar={file_sha256(sidecar)}" in lines[0] and f"base={file_sha256(model)}" in lines[0]
@@ -127,7 +127,7 @@ def test_the_serial_log_carries_the_evidence_of_every_constraint(serve: Serve, t
         f"slot save/restore enabled: {tmp_path}",
         "exact-prefix reuse",
     ):
-        assert running.log.count(f"rwkv-ms: {line}") == 1, line
+        assert running.log.count(f"memory: {line}") == 1, line
 
 
 def test_the_version_names_the_build(build: Build) -> None:

@@ -25,6 +25,20 @@ CHANGES_NOTHING = {
     "context-shift": ["--context-shift"],
     "no-fit": ["--fit", "off"],
     "sleep": ["--sleep-idle-seconds", "600"],
+    "how threads run": [
+        *("--threads-batch", "2", "--poll", "0", "--poll-batch", "0", "--prio", "0", "--prio-batch", "0"),
+        *("--cpu-mask", "ff", "--cpu-mask-batch", "ff", "--cpu-strict", "0", "--cpu-strict-batch", "0"),
+        *("--numa", "distribute", "--perf", "--threads-http", "2"),
+    ],
+    "where weights are": [
+        *("--override-tensor", r"blk\..*=CPU", "--n-cpu-ffn", "2", "--check-tensors", "--no-op-offload"),
+        *("--split-mode", "none", "--main-gpu", "0", "--gpu-layers", "0", "--cpu-moe"),
+    ],
+    "what is said": [
+        *("--special", "--spm-infill", "--keep", "8", "--slot-prompt-similarity", "0", "--metrics"),
+        *("--reasoning", "off", "--defrag-thold", "0.1", "--alias", "a", "--timeout", "60", "--verbose"),
+    ],
+    "backend-sampling": ["--backend-sampling"],
 }
 ROUNDS_OTHERWISE = {
     "fa-on": ["--flash-attn", "on"],

@@ -131,7 +131,7 @@ def test_a_state_of_another_kind_of_server_is_refused(serve: Serve, tmp_path: Pa
     for name in ("with.bin", "alone.bin"):
         assert refused(base, "restore", name) == "state-has-memory"
     answer = post(base, "memory-save", filename="x.bin")
-    assert answer.status_code == 400 and "--rwkv-ms-sidecar" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "--memory-adapter" in answer.json()["error"]["message"]
 
 
 def test_a_slot_file_with_tokens_that_cannot_be_is_refused_with_its_reason(serve: Serve, tmp_path: Path) -> None:

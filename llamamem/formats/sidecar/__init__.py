@@ -7,6 +7,7 @@ from llamamem.formats.findings import REASONS, Finding
 from llamamem.formats.sidecar.layout import (
     ARCHITECTURE,
     ARCHITECTURES,
+    DELTA_CHUNK,
     DELTA_RULE,
     HEADS,
     MEMORY_KINDS,
@@ -25,6 +26,7 @@ from llamamem.formats.sidecar.reader import Validation, check_sidecar, read_side
 __all__ = [
     "ARCHITECTURE",
     "ARCHITECTURES",
+    "DELTA_CHUNK",
     "DELTA_RULE",
     "HEADS",
     "MEMORY_KINDS",

@@ -23,6 +23,7 @@ NAME_FORMAT = "compact_with_source_name_manifest"
 HEADS = ("q", "k", "v", "o")
 RWKV_MS, DELTA_RULE = "rwkv_ms", "delta_rule"
 MEMORY_KINDS = (RWKV_MS, DELTA_RULE)
+DELTA_CHUNK = 1 << 24  # what the token counter of a delta rule's state wraps at; it is for display
 HF_ROWS, NORM_ROWS = "hf", "norm"  # of delta_q and delta_k: the checkpoint's, or permuted for a rope over neighbours
 VECTORS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "ln_x.weight", "ln_x.bias")
 
@@ -82,7 +83,7 @@ _SOURCE = re.compile(r"(model\.(?:language_model\.)?layers\.)(0|[1-9][0-9]{0,4})
 class Sidecar:
     """A valid sidecar. `fields` and `tensors` are the file's own, in its order.
 
-    A delta rule has one state a head and no semantics, chunk or erase gate of its own: 1, 0, 0 and 1.
+    A delta rule has one state a head and no semantics, chunk or erase gate: 1, 0, DELTA_CHUNK and 1.
     """
 
     path: Path

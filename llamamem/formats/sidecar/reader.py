@@ -15,7 +15,7 @@ from llamamem.formats.findings import Enough, Finding, Findings
 from llamamem.formats.gguf_file import GgufField, GgufTensor, read_gguf
 from llamamem.formats.sidecar.base import check_base
 from llamamem.formats.sidecar.keys import Said, read_keys
-from llamamem.formats.sidecar.layout import ARCHITECTURES, HF_ROWS, NORM_ROWS, Sidecar
+from llamamem.formats.sidecar.layout import ARCHITECTURES, DELTA_CHUNK, HF_ROWS, NORM_ROWS, Sidecar
 from llamamem.formats.sidecar.tensors import check_tensors
 
 
@@ -100,7 +100,7 @@ def _sidecar(
         rank=said.sizes["rank"],
         heads=said.sizes["num_state_heads"],
         states=said.sizes.get("rwkv_ms_num_states", 1),
-        chunk=said.sizes.get("rwkv_ms_chunk_size", 0),
+        chunk=said.sizes.get("rwkv_ms_chunk_size", DELTA_CHUNK),
         alpha=said.alpha,
         erase_gate=1.0 if said.erase_gate is None else said.erase_gate,
         update_mode=said.update_mode,

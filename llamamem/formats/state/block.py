@@ -66,7 +66,7 @@ class Header:
     states: int
     rank: int
     chunk: int
-    semantics: int
+    semantics: int  # of an RWKV-MS; 0: a delta rule
     cells: int
     values: int  # f32, of one layer of a cell
     kv_bytes: int = 0
@@ -94,6 +94,11 @@ class Header:
     def matrices(self) -> int:
         """f32 values of the matrices of one layer of a cell."""
         return self.heads * self.states * self.rank**2
+
+    @property
+    def prev(self) -> int:
+        """f32 values of the source of the last token, of one layer of a cell: a delta rule has none."""
+        return self.heads * self.rank if self.semantics else 0
 
     @property
     def cell_bytes(self) -> int:

@@ -22,7 +22,7 @@ from llamamem.formats.base import file_sha256
 from llamamem.formats.findings import quoted
 from llamamem.formats.gguf_file import replacing
 from llamamem.formats.regular import NotRegular, open_regular
-from llamamem.formats.sidecar import Sidecar
+from llamamem.formats.sidecar import DELTA_CHUNK, DELTA_RULE, RWKV_MS, Sidecar
 from llamamem.formats.state.block import (
     CHECKPOINT,
     CHECKSUM,
@@ -54,7 +54,7 @@ _FLAGS = {
     CHECKPOINT: MADE_BY_TOOL | ORIGINS | SETTING,
     MEMORY: MADE_BY_TOOL,
 }
-_LIMITS = {"layers": 4096, "heads": 64, "states": 1024, "rank": 256, "chunk": 1 << 24, "semantics": 2}
+_LIMITS = {"layers": 4096, "heads": 64, "states": 1024, "rank": 256, "chunk": 1 << 24}
 
 
 class Setting(NamedTuple):
@@ -73,10 +73,10 @@ class State:
     """
 
     S: np.ndarray  # f32 [cells, layers, N, M, R, R], as S[n, m, i, j] of the specification
-    prev: np.ndarray  # f32 [cells, layers, N*R]: the source of the last token written
+    prev: np.ndarray  # f32 [cells, layers, N*R]: the source of the last token written; of a delta rule [.., 0]
     tokens_written: np.ndarray  # int64 [cells, layers]
-    chunk: int  # C, tokens
-    semantics: int
+    chunk: int  # C, tokens; of a delta rule, whose counter is for display, DELTA_CHUNK
+    semantics: int  # of an RWKV-MS; 0: a delta rule
     sidecar_sha256: str
     base_sha256: str
     kind: int = MEMORY
@@ -110,6 +110,11 @@ class State:
     @property
     def rank(self) -> int:
         return int(self.S.shape[4])
+
+    @property
+    def memory_kind(self) -> str:
+        """The kind of memory, as a sidecar names it."""
+        return RWKV_MS if self.semantics else DELTA_RULE
 
     @property
     def fingerprint(self) -> str:
@@ -272,9 +277,12 @@ def _check_header(
     if header.fingerprint.hex() != found.fingerprint:
         raise refused("state-identity", "its fingerprint is not that of the sidecar and base that it names")
     if identity is not None and found != identity:
+        kind, text = RWKV_MS if header.semantics else DELTA_RULE, ""
+        if sidecar is not None and sidecar.kind != kind:
+            text = f"is a memory of kind {kind}, the sidecar is {sidecar.kind}: "
         raise refused(
             "state-identity",
-            f"belongs to sidecar {found.sidecar_sha256} and base {found.base_sha256}, "
+            f"{text}belongs to sidecar {found.sidecar_sha256} and base {found.base_sha256}, "
             f"this is sidecar {identity.sidecar_sha256} and base {identity.base_sha256}",
         )
     if header.kind not in ((CONTEXT,) if magic == GGSN else (SEQUENCE, MEMORY)):
@@ -289,11 +297,16 @@ def _check_shape(header: Header, n_tokens: int, sidecar: Sidecar | None) -> None
     for name, most in _LIMITS.items():
         if not 1 <= getattr(header, name) <= most:
             raise refused("state-shape", f"{name} is {getattr(header, name)}, must be from 1 to {most}")
+    if header.semantics > 2:
+        raise refused("state-shape", f"semantics is {header.semantics}, must be 1 or 2, or 0 of a delta rule")
+    if not header.semantics and (header.states, header.chunk) != (1, DELTA_CHUNK):
+        odd = f"states is {header.states} and chunk {header.chunk}, of a delta rule they are 1 and {DELTA_CHUNK}"
+        raise refused("state-shape", odd)
     if header.period > _MAX_PERIOD:
         raise refused("state-shape", f"chunk * states is {header.period}, must be at most {_MAX_PERIOD}")
     if header.matrices > _MAX_STATE:
         raise refused("state-shape", f"the matrices of a layer have {header.matrices} values, at most {_MAX_STATE}")
-    if header.values != (values := header.matrices + header.heads * header.rank + 2):
+    if header.values != (values := header.matrices + header.prev + 2):
         raise refused("state-shape", f"values is {header.values}, must be {values} with these heads, states and rank")
     if header.cells < 1 or (header.cells > 1 and header.kind != CONTEXT):
         raise refused("state-shape", f"cells is {header.cells}, impossible for kind '{KINDS[header.kind]}'")
@@ -311,10 +324,10 @@ def _check_shape(header: Header, n_tokens: int, sidecar: Sidecar | None) -> None
         if any(rest) or not _is_utf8(text) or (text and not header.flags & MADE_BY_TOOL):
             raise refused("state-shape", f"has a provenance where none may be: {quoted(text.decode(errors='replace'))}")
     if sidecar is not None:
-        want = {name: getattr(sidecar, name) for name in _LIMITS if name != "layers"} | {"layers": len(sidecar.layers)}
-        for name in _LIMITS:
-            if getattr(header, name) != want[name]:
-                raise refused("state-shape", f"{name} is {getattr(header, name)}, the sidecar has {want[name]}")
+        for name in (*_LIMITS, "semantics"):
+            want = len(sidecar.layers) if name == "layers" else getattr(sidecar, name)
+            if getattr(header, name) != want:
+                raise refused("state-shape", f"{name} is {getattr(header, name)}, the sidecar has {want}")
 
 
 def _state(raw: RawState) -> State:

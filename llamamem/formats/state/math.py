@@ -85,6 +85,7 @@ def describe(state: State, layers: Sequence[int] | None = None) -> dict[str, Any
         "bytes": state.size,
         "sha256": state.sha256,
         "kind": KINDS[state.kind],
+        "memory_kind": state.memory_kind,
         "tokens": len(state.token_ids),
         "kv_bytes": state.kv_bytes,
         "architecture": state.architecture or None,
@@ -184,6 +185,10 @@ def _check_one(state: State) -> None:
 def _check_pair(a: State, b: State) -> None:
     _check_one(a)
     _check_one(b)
+    if a.memory_kind != b.memory_kind:
+        text = f"is a memory of kind {b.memory_kind}, {_path(a)} of {a.memory_kind}: numbers of one mean nothing to"
+        text += " the other"
+        raise _refused(b, "state-identity", text)
     for name in ("sidecar", "base"):
         x, y = (getattr(state, f"{name}_sha256") for state in (a, b))
         if x != y:

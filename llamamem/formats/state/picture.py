@@ -44,7 +44,8 @@ def draw_state(state: State, path: Path, layers: Sequence[int], title: str) -> N
         image = _matrices(state, axes, layers)
         bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.5 / height), pad=0.02)
         bar.set_label("one scale for all")
-        figure.suptitle(f"{title}\nS[i, j] of every layer and state; framed: written to next", fontsize=9)
+        framed = "; framed: written to next" if state.states > 1 else ""
+        figure.suptitle(f"{title}\nS[i, j] of every layer and state{framed}", fontsize=9)
         with replacing(path) as part:
             figure.savefig(part, format="png", metadata={"Software": None})
 
@@ -65,7 +66,7 @@ def _matrices(state: State, axes: Any, layers: Sequence[int]) -> Any:
             if not live:
                 ax.patch.set(facecolor="white", hatch="///", edgecolor="0.85")
                 ax.images[0].set_visible(False)
-            current = m == state.current_state[0, layer]
+            current = state.states > 1 and m == state.current_state[0, layer]
             for spine in ax.spines.values():
                 spine.set(edgecolor="black" if current else "0.8", linewidth=1.8 if current else 0.6)
         row[0].set_ylabel(f"layer {layers[layer]}", fontsize=9)

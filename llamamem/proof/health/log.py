@@ -21,11 +21,11 @@ def log(e: Evidence) -> str:
         raise Fails("the log is not known", "give --log FILE")
     _ = e.memory
     _check_run(path, e.target.run_id)
-    said = [line.partition("rwkv-ms: ")[2] for line in _lines(path, 0) if "rwkv-ms: " in line]
+    said = [line.partition("memory: ")[2] for line in _lines(path, 0) if "memory: " in line]
     wanted = _evidence(e)
     for pattern in wanted:
         if (n := sum(re.match(pattern, line) is not None for line in said)) != 1:
-            raise Fails(f"{path}: {n or 'no'} line{'s' if n > 1 else ''} `rwkv-ms: {pattern}`", _OF_THIS_RUN)
+            raise Fails(f"{path}: {n or 'no'} line{'s' if n > 1 else ''} `memory: {pattern}`", _OF_THIS_RUN)
     _check_memory(e, next(line for line in said if line.startswith("memory active: ")))
     _check_slot_dir(e, next(line for line in said if line.startswith("slot save/restore enabled: ")))
     _check_rolled_back(e, path)
@@ -100,7 +100,7 @@ def _check_rolled_back(e: Evidence, path: Path) -> None:
     while not any("rolled back" in line and missing.name in line for line in _lines(path, before)):
         if time.monotonic() > deadline:
             raise Fails(
-                f"{path}: no line `rwkv-ms: slot {e.slot.id}: rolled back` after a restore was refused", _OF_THIS_RUN
+                f"{path}: no line `memory: slot {e.slot.id}: rolled back` after a restore was refused", _OF_THIS_RUN
             )
         time.sleep(0.02)
 

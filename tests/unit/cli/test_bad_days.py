@@ -38,6 +38,19 @@ def test_closed_streams(streams: str, tmp_path: Path) -> None:
     assert run("ps", "--no-such", shell=streams, XDG_STATE_HOME=str(tmp_path)).returncode == 2
 
 
+def test_the_current_directory_is_gone(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    for arguments, status in (("serve --model base.gguf", 2), ("ps", 0)):
+        gone.mkdir()
+        script = f'cd {gone} && rmdir {gone} && exec "$@"'
+        command = ["sh", "-c", script, "sh", *LLAMAMEM, *arguments.split()]
+        env = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
+        if status:
+            assert "the directory that this runs in is gone" in done.stderr
+
+
 def test_nobody_reads_on(tmp_path: Path) -> None:
     done = subprocess.run(f"{' '.join(LLAMAMEM)} --help | true", shell=True, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""

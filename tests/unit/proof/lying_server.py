@@ -118,7 +118,7 @@ class LyingServer:
             f"slot save/restore enabled: {self.slot_dir}/",
             "exact-prefix reuse: a prompt reuses a sequence only if it extends all of it",
         ]
-        return [f"llamamem: run {self.run_id}", *(f"0.00.001.000 I rwkv-ms: {fact}" for fact in facts)]
+        return [f"llamamem: run {self.run_id}", *(f"0.00.001.000 I memory: {fact}" for fact in facts)]
 
     # -- what it says of itself
 
@@ -296,7 +296,7 @@ class LyingServer:
                 slot.text = []
             if "no rollback line" not in self.lies:
                 with self.log.open("a") as log:
-                    log.write(f"9 W rwkv-ms: slot {slot.id}: rolled back, nothing is changed: [{e.reason}] {what}\n")
+                    log.write(f"9 W memory: slot {slot.id}: rolled back, nothing is changed: [{e.reason}] {what}\n")
         reason = "state-format" if "wrong reason" in self.lies and e.reason != "state-unreadable" else e.reason
         status = 500 if "500 on refusal" in self.lies and e.reason == "state-checksum" else 400
         raise Refused(f"Unable to restore slot: [{reason}] {e}", status) from None

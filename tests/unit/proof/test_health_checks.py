@@ -206,15 +206,15 @@ def test_a_line_of_evidence_that_is_missing_or_twice_fails_the_log_alone(
     assert failed(report) == ["log"] and line in detail(report, "log")
     server.log.write_text("".join(f"{text}\n" for text in [*server.first_lines(), server.first_lines()[1]]))
     report = check_health(target)
-    assert failed(report) == ["log"] and "2 lines `rwkv-ms: memory active" in detail(report, "log")
+    assert failed(report) == ["log"] and "2 lines `memory: memory active" in detail(report, "log")
 
 
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
         (lambda line: line.replace("abcdef", "012345"), "does not begin with this run"),
-        (lambda line: line.replace("prompt cache off", "prompt cache on"), "no line `rwkv-ms: prompt cache off"),
-        (lambda line: line.replace("warm-up skipped", "warm-up done"), "no line `rwkv-ms: warm-up skipped"),
+        (lambda line: line.replace("prompt cache off", "prompt cache on"), "no line `memory: prompt cache off"),
+        (lambda line: line.replace("warm-up skipped", "warm-up done"), "no line `memory: warm-up skipped"),
         (lambda line: line.replace("mode=serial", "mode=fused"), "mode=fused, not serial"),
         (lambda line: line.replace("chunk=", "chunk=1"), "memory active with chunk=1"),
         (lambda line: line.replace("layers=0-5", "layers=0-3"), "memory active in layers [0, 1, 2, 3]"),

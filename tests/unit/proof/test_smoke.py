@@ -25,9 +25,9 @@ for flag in ("--temp 0", "--top-k 1", "--seed 123", "-ub 1", "-b 2"):
 for flag in ("--no-warmup", "-no-cnv"):
     assert flag in args, flag
 text = b"base line"
-if "--rwkv-ms-sidecar" in args:
-    assert value("--rwkv-ms-mode") == "serial"
-    text = Path(value("--rwkv-ms-sidecar")).read_bytes()
+if "--memory-adapter" in args:
+    assert value("--memory-mode") == "serial"
+    text = Path(value("--memory-adapter")).read_bytes()
 if text == b"crash":
     print("E common_init: error: tensor is missing", file=sys.stderr)
     sys.exit(1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,13 +99,31 @@ def test_the_affinity_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert processors(tmp_path) == machine.Processors(2, 64, "the affinity mask")
 
 
-def test_a_quota_of_this_kernel(tmp_path: Path) -> None:
-    """A cgroup of our own, where root may make one with a CPU controller; version 2 first."""
-    for parent, name, text in (
-        (Path("/sys/fs/cgroup"), "cpu.max", "150000 100000"),
-        (Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us", "150000"),
-    ):
-        own = parent / f"llamamem-test-{os.getpid()}"
+# where root may make a cgroup, by version and controller: the file of its limit, and what is written there
+REAL = {
+    "cpu": (
+        ("/sys/fs/cgroup", "cpu.max", "150000 100000"),
+        ("/sys/fs/cgroup/unified", "cpu.max", "150000 100000"),
+        ("/sys/fs/cgroup/cpu", "cpu.cfs_quota_us", "150000"),
+    ),
+    "memory": (
+        ("/sys/fs/cgroup", "memory.max", str(GIB // 2)),
+        ("/sys/fs/cgroup/unified", "memory.max", str(GIB // 2)),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", str(GIB // 2)),
+    ),
+}
+
+
+def run_in(cgroup: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    enter = f'echo $$ > {cgroup}/cgroup.procs && exec "$@"'
+    return subprocess.run(["sh", "-c", enter, "sh", *command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def limited(request: pytest.FixtureRequest) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs a command in a cgroup of this kernel that has the limit of `request.param`; version 2 before version 1."""
+    for parent, name, text in REAL[request.param]:
+        own = Path(parent, f"llamamem-test-{os.getpid()}")
         try:
             own.mkdir()
         except OSError:
@@ -112,13 +132,38 @@ def test_a_quota_of_this_kernel(tmp_path: Path) -> None:
             if not (own / name).exists():
                 continue
             (own / name).write_text(text)
-            code = "from llamamem.serving.machine import processors; print(processors().limit)"
-            command = f'echo $$ > {own}/cgroup.procs && exec "$0" -c "$1"'
-            done = subprocess.run(["sh", "-c", command, sys.executable, code], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            if (os.cpu_count() or 1) > 1:
-                assert done.stdout == "the cgroup's quota of 1.5 processors\n"
+            yield partial(run_in, own)
             return
         finally:
             own.rmdir()
-    pytest.skip("no cgroup with a CPU controller can be made here")
+    pytest.skip(f"no cgroup with a {request.param} controller can be made here")
+
+
+@pytest.mark.parametrize("limited", ["cpu"], indirect=True)
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor is less than the quota")
+def test_a_quota_of_this_kernel(limited: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = "from llamamem.serving.machine import processors; print(processors().limit)"
+    done = limited(sys.executable, "-c", code)
+    assert (done.returncode, done.stdout) == (0, "the cgroup's quota of 1.5 processors\n"), done.stderr
+
+
+@pytest.mark.parametrize("limited", ["memory"], indirect=True)
+def test_a_memory_limit_of_this_kernel(
+    limited: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Files that were read and can be dropped again leave room; what the process holds itself does not."""
+    code = """
+import pathlib, sys
+from llamamem.serving.machine import available_memory
+path = pathlib.Path(sys.argv[1])
+path.write_bytes(bytes(50 << 20))
+before = available_memory()
+kept = path.read_bytes(), bytearray(b"x") * (100 << 20)
+after = available_memory()
+print(before[0], after[0], after[1])
+"""
+    done = limited(sys.executable, "-c", code, str(tmp_path / "file"))
+    assert done.returncode == 0, done.stderr
+    before, after, *words = done.stdout.split(maxsplit=2)
+    assert words == ["are left of the cgroup's limit\n"]
+    assert GIB // 2 > int(before) > int(after) > 0 and 140 << 20 < int(before) - int(after) < 200 << 20

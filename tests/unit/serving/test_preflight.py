@@ -13,6 +13,7 @@ import pytest
 
 from llamamem.errors import LlamamemError
 from llamamem.serving import preflight
+from llamamem.serving.machine import Processors
 from llamamem.serving.profiles import Plan, make_plan
 
 MODEL_A = Path(__file__).parents[2] / "data" / "model_a"
@@ -182,6 +183,23 @@ def test_too_little_memory_is_refused_and_little_is_warned_of(case: Case, monkey
     assert "GiB" in preflight.check(plan).warnings[0]
     available(1.3 * need)
     assert preflight.check(plan).warnings == ()
+
+
+def test_a_context_that_the_model_has_not_is_warned_of(case: Case) -> None:
+    """llama-server makes it shorter, and says so in its log alone."""
+    (warning,) = preflight.check_context(case.plan(ctx_size=4097), GEMMA)
+    assert "--ctx-size 4097" in warning and "4096 tokens" in warning
+    assert preflight.check_context(case.plan(ctx_size=4096), GEMMA) == ()
+    assert preflight.check_context(case.plan(profile="batched", parallel=2, ctx_size=8192), GEMMA) == ()
+
+
+def test_more_threads_than_may_be_used_are_warned_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Processors(2, 8, "the cgroup's quota of 2.5 processors")
+    monkeypatch.setattr(preflight, "processors", lambda: few)
+    (warning,) = preflight.check_threads(case.plan(extra=["--threads", "3"]))
+    assert "--threads 3: 2 may be used here" in warning
+    assert preflight.check_threads(case.plan(extra=["--threads", "2"])) == ()
+    assert preflight.check_threads(case.plan()) == ()
 
 
 def test_a_file_that_is_written_to_while_it_is_hashed_is_not_remembered(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def test_serial_is_the_default_with_a_sidecar_and_carries_every_flag_of_the_refe
     assert argv[0] == "/b/llama-server"
     for flag, expected in {
         "--model": "/m/base.gguf",
-        "--rwkv-ms-sidecar": "/m/side.gguf",
-        "--rwkv-ms-mode": "serial",
+        "--memory-adapter": "/m/side.gguf",
+        "--memory-mode": "serial",
         "--batch-size": "2",
         "--ubatch-size": "1",
         "--parallel": "1",
@@ -50,7 +50,7 @@ def test_fused_and_batched_keep_upstream_batches_and_caches() -> None:
     fused, batched = plan(sidecar=SIDECAR, profile="fused"), plan(sidecar=SIDECAR, profile="batched", parallel=3)
     assert value(fused.argv, "--parallel") == "1" and value(batched.argv, "--parallel") == "3"
     for made in (fused, batched):
-        assert value(made.argv, "--rwkv-ms-mode") == made.profile
+        assert value(made.argv, "--memory-mode") == made.profile
         assert not {"--ubatch-size", "--batch-size", "--no-cache-prompt", "--cache-ram"} & set(made.argv)
         assert value(made.argv, "--cache-reuse") == "0"
 
@@ -74,6 +74,7 @@ def test_fused_and_batched_keep_upstream_batches_and_caches() -> None:
         (["-mm", "p.gguf"], "-mm"),
         (["-hf", "a/b"], "-hf"),
         (["--rwkv-ms-mode", "batched"], "--rwkv-ms-mode"),
+        (["--memory-mode", "batched"], "--memory-mode"),
         (["--warmup"], "--warmup"),
     ],
 )

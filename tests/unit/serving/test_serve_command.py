@@ -97,6 +97,22 @@ def test_what_a_dry_run_prints_is_what_is_run(fake_bin: Path, base: Path, tmp_pa
     assert (tmp_path / "started").read_text() == " ".join(argv) + "\n"
 
 
+def test_two_sidecars_of_one_name_have_slots_of_their_own(fake_bin: Path, base: Path, tmp_path: Path) -> None:
+    """Or the second server writes its anna.bin over that of the first."""
+    places = []
+    for folder in ("a", "b", "a"):
+        sidecar = tmp_path / folder / "memory.gguf"
+        sidecar.parent.mkdir(exist_ok=True)
+        sidecar.write_text(folder)
+        line = command(fake_bin, base, "--sidecar", str(sidecar), "--dry-run", "--json")
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        argv = json.loads(done.stdout)["argv"]
+        places.append(argv[argv.index("--slot-save-path") + 1])
+    assert places[0] == places[2] != places[1]
+    assert all(Path(place).name.startswith("memory-") for place in places)
+
+
 def test_a_refusal_is_one_line_and_exit_status_2(fake_bin: Path, base: Path) -> None:
     done = subprocess.run(command(fake_bin, base, "--", "--port=1"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and runs() == []

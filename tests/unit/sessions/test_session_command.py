@@ -52,6 +52,26 @@ def one_line(err: str) -> bool:
     return err.startswith("llamamem: error: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
+@pytest.mark.parametrize("form", ["{}", "sqlite:{}"])
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["prune", "--older-than", "1d"]])
+def test_a_store_that_was_named_and_is_not_there(
+    llamamem: Run, tmp_path: Path, arguments: list[str], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = form.format(tmp_path / "typo")
+    result = llamamem("session", *arguments, "--store", place)
+    assert result.status == 2 and result.out == "" and one_line(result.err)
+    assert f"--store {place}: no such store" in result.err and "session start" in result.err
+    assert not (tmp_path / "typo").exists()
+    monkeypatch.setenv("LLAMAMEM_SESSIONS", place)
+    assert llamamem("session", *arguments).status == 2
+
+
+def test_no_sessions_yet(llamamem: Run) -> None:
+    result = llamamem("session", "list")
+    assert (result.status, result.out) == (0, "") and "`llamamem session start NAME` makes one" in result.err
+    assert json.loads(llamamem("session", "list", "--json").out)["sessions"] == []
+
+
 def test_start_resume_save_list_rm(llamamem: Run, server: FakeServer, running: RunRecord, tmp_path: Path) -> None:
     assert llamamem("session", "start", "alice").status == 0
     assert llamamem("session", "resume", "alice", "--slot", "1").status == 0
@@ -125,8 +145,6 @@ def test_what_the_server_says_is_shown(llamamem: Run, server: FakeServer, runnin
 def test_list_json_is_one_object_with_the_damaged(llamamem: Run, tmp_path: Path, memory: Callable[..., Memory]) -> None:
     store = data_store(tmp_path)
     store.save(store.create("caf\u00e9 [red]"), memory(3, 1))
-    empty = llamamem("session", "list", "--json", "--store", str(tmp_path / "none"))
-    assert json.loads(empty.out)["sessions"] == [] and empty.status == 0
     whole = llamamem("session", "list", "--json")
     value = json.loads(whole.out)
     assert whole.status == 0 and value["total_bytes"] == len(memory(3, 1).data)

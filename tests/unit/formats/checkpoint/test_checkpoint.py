@@ -63,6 +63,14 @@ def test_safetensors_give_the_same(model_a: Path, tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path).tensors == original.tensors
 
 
+def test_two_adapters_in_one_directory_are_a_question(model_a: Path, tmp_path: Path) -> None:
+    for name in ("delta_mem_config.json", "adapter_metadata.json", "delta_mem_adapter.pt"):
+        shutil.copy(model_a / name, tmp_path)
+    as_safetensors(read_checkpoint(model_a).tensors, tmp_path / "delta_mem_adapter.safetensors")
+    with pytest.raises(LlamamemError, match=r"\.safetensors and delta_mem_adapter\.pt; move away"):
+        read_checkpoint(tmp_path)
+
+
 def test_config_by_name(model_a: Path) -> None:
     assert read_checkpoint(model_a, "delta_mem_config_v2.json").config["rwkv_ms_semantics_version"] == 2
     with pytest.raises(LlamamemError, match=r"nowhere\.json: cannot be read"):

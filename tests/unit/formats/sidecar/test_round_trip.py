@@ -14,7 +14,7 @@ import pytest
 from llamamem.formats.base import read_base
 from llamamem.formats.checkpoint import read_checkpoint
 from llamamem.formats.checkpoint.writer import materialize
-from llamamem.formats.sidecar import Sidecar, read_sidecar
+from llamamem.formats.sidecar import Sidecar, read_sidecar, validate_sidecar
 from llamamem.formats.sidecar.compare import compare
 from llamamem.formats.sidecar.export import export_sidecar
 
@@ -68,6 +68,27 @@ def test_e4b(format: str, e4b: E4B, tmp_path: Path) -> None:
     there_and_back(read_sidecar(e4b.sidecar), e4b.checkpoint, "delta_mem_config.json", tmp_path / "back", format)
     export_sidecar(tmp_path / "back", e4b.base, tmp_path / "b.gguf")
     assert (tmp_path / "b.gguf").read_bytes() == e4b.sidecar.read_bytes()
+
+
+def test_the_published_delta_rule(tmp_path: Path) -> None:
+    """The shape of delta-mem's adapter for Qwen3-4B: all layers, and zeros for the heads of k and v."""
+    shape = ROOT / "configs" / "qwen3-4b.json"
+    published, tool = json.loads(shape.read_text())["published"], ROOT / "tools" / "make_checkpoint.py"
+    subprocess.run(
+        [sys.executable, tool, shape, "--output", tmp_path / "4b", "--base", tmp_path / "b.gguf"], check=True
+    )
+    source = read_checkpoint(tmp_path / "4b")
+    assert {path.name for path in (tmp_path / "4b").iterdir()} == {"delta_mem_adapter.pt", "delta_mem_config.json"}
+    assert (len(source.tensors), sum(len(t.data) for t in source.tensors.values())) == (324, 2 * 5_456_160)
+    assert (published["tensors"], published["numel"]) == (324, 5_456_160)
+    assert abs(source.adapter.stat().st_size - published["adapter_bytes"]) < 50_000  # names and padding
+
+    sidecar = export_sidecar(tmp_path / "4b", tmp_path / "b.gguf", tmp_path / "4b.gguf")
+    assert [sidecar.get(key) for key in ("tensor_count", "total_numel")] == [252, 4_866_336]
+    assert [published[key] for key in ("active_tensors", "active_numel")] == [252, 4_866_336]
+    assert sidecar.tensors["blk.35.delta_q"].shape == (4096, 8)
+    assert validate_sidecar(sidecar.path, tmp_path / "b.gguf").findings == ()
+    there_and_back(sidecar, tmp_path / "4b", "delta_mem_config.json", tmp_path / "back", "pt")
 
 
 def test_the_published_figures(e4b: E4B) -> None:

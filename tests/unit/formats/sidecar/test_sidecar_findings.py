@@ -210,6 +210,7 @@ def test_the_reasons_are_those_of_the_runtime() -> None:
     sources = [
         p for what in ("config", "gguf", "sidecar") for p in (ROOT / "patches/src").glob(f"llama-adapter-mem-{what}*")
     ]
-    codes = {code for p in sources for code in re.findall(r'llama_adapter_mem_fail\(\s*"([a-z0-9-]+)"', p.read_text())}
+    said = r'(?:llama_adapter_mem_fail\(\s*|reason = )"([a-z0-9-]+)"|\bfail\([^;]*, "([a-z0-9-]+)"\);'
+    codes = {code for p in sources for pair in re.findall(said, p.read_text()) for code in pair if code}
     # a shard that is missing is llama.cpp's own to refuse, when it loads the weights
     assert codes == REASONS.keys() - {"base-split"}
