@@ -115,7 +115,8 @@ def postgres_server(*options: str, within: Path | None = None) -> Iterator[Serve
             for place in (folder, folder / "password"):
                 shutil.chown(place, user)
         data = folder / "data"
-        options_of_initdb = [initdb, "-D", str(data), "-U", "llamamem", "-E", "UTF8", "--locale=C", "--no-sync"]
+        options_of_initdb = [initdb, "-D", str(data), "-U", "llamamem", "-E", "UTF8", "--locale=C"]
+        options_of_initdb += ["--no-sync", "--wal-segsize=1"]
         options_of_initdb += ["-A", "scram-sha-256", f"--pwfile={folder / 'password'}"]
         made = subprocess.run(
             options_of_initdb,

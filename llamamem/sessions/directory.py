@@ -174,9 +174,15 @@ class DirectoryStore(Rows):
         if counted is not None and counted[0] == changed:
             return counted[1]
         newest: dict[str, tuple[int, int]] = {}
-        for match in filter(None, map(_FILE.fullmatch, os.listdir(folder))):
-            if match["generation"] is not None and not match["part"]:
-                generation, size = int(match["generation"]), (folder / match[0]).stat().st_size
+        with os.scandir(folder) as found:
+            for file in found:
+                match = _FILE.fullmatch(file.name)
+                if match is None or match["generation"] is None or match["part"]:
+                    continue
+                try:
+                    generation, size = int(match["generation"]), file.stat().st_size
+                except FileNotFoundError:  # replaced by now
+                    continue
                 known, total = newest.get(match["key"], (-1, 0))
                 if generation >= known:
                     newest[match["key"]] = generation, size + (total if generation == known else 0)

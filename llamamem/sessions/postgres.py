@@ -224,13 +224,12 @@ class PostgresStore(Rows):
     def _check(self, db: Any) -> None:
         if db.info.server_version < 130000 or db.execute("SHOW server_encoding").fetchone()[0] != "UTF8":
             raise LlamamemError(f"{self.location}: a store needs PostgreSQL 13 or later, and a database in UTF8")
-        known = "SELECT to_regclass('llamamem_version') IS NOT NULL"
-        if db.execute(known).fetchone()[0] and _version(db) == len(_MIGRATIONS):
-            return
+        if db.execute("SELECT to_regclass('llamamem_version') IS NOT NULL").fetchone()[0]:
+            if _version(db) == len(_MIGRATIONS):
+                return
         with db.transaction():
             db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-            if not db.execute(known).fetchone()[0]:
-                db.execute("CREATE TABLE llamamem_version AS SELECT 0 AS version")
+            db.execute("CREATE TABLE IF NOT EXISTS llamamem_version (version int NOT NULL)")
             version = _version(db)
             if version > len(_MIGRATIONS):
                 raise LlamamemError(
@@ -238,7 +237,8 @@ class PostgresStore(Rows):
                 )
             for migration in _MIGRATIONS[version:]:
                 db.execute(migration)
-            db.execute("UPDATE llamamem_version SET version = %s", (len(_MIGRATIONS),))
+            db.execute("DELETE FROM llamamem_version")
+            db.execute("INSERT INTO llamamem_version VALUES (%s)", (len(_MIGRATIONS),))
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -256,7 +256,7 @@ class PostgresStore(Rows):
 
 
 def _version(db: Any) -> int:
-    return int(db.execute("SELECT version FROM llamamem_version").fetchone()[0])
+    return int(db.execute("SELECT coalesce(max(version), 0) FROM llamamem_version").fetchone()[0])
 
 
 def _line(error: Exception) -> str:

@@ -226,6 +226,7 @@ class SqliteStore(Rows):
         """Makes the tables of a new one, and brings one of an older version on, in a transaction of its own."""
         if _versions(db) == (_APPLICATION, _VERSION):
             return
+        db.execute("PRAGMA auto_vacuum = FULL")  # of a new one: what is removed gives its room back to the disk
         db.execute("BEGIN IMMEDIATE")
         with db:
             application, version = _versions(db)

@@ -16,7 +16,7 @@ _TIMEOUT = 5.0  # seconds for a connection and for an answer
 _LAYOUT = b"1"
 
 # Compare and set: keys are the session, the names, the bytes used; see Rows._put for what it is told and tells.
-_PUT = """
+_PUT = """#!lua
 local expected, text, name, what = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local more, quota = tonumber(ARGV[5]), tonumber(ARGV[6])
 local there = redis.call('HGET', KEYS[1], 'metadata')
@@ -126,14 +126,13 @@ class ValkeyStore(Rows):
     def _get(self, name: str, *, before: bool = False) -> Row | None:
         fields = ["metadata", "state", "origin", *(("before_state", "before_origin") if before else ())]
         with self._reported():
-            with self._client.pipeline(transaction=True) as pipe:
-                pipe.hmget(self._session(name), fields)
-                pipe.zscore(self._key("names"), name)
-                found, listed = pipe.execute()
-        if found[0] is None:
-            if listed is None:
-                return None
-            raise Damaged("it is in the list of names, and its metadata is missing")
+            found = self._client.hmget(self._session(name), fields)
+            if found[0] is None:
+                if self._client.zscore(self._key("names"), name) is None:
+                    return None
+                found = self._client.hmget(self._session(name), fields)  # made in between, or thrown away
+                if found[0] is None:
+                    raise Damaged("it is in the list of names, and its metadata is missing")
         try:
             metadata = found[0].decode()
         except UnicodeDecodeError:
