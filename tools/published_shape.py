@@ -82,7 +82,7 @@ def serve(base: Path, sidecar: Path, threads: int) -> str:
     """Two conversations at once, then health."""
     given = ["--model", str(base), "--sidecar", str(sidecar), "--profile", "batched", "--port", "0"]
     given += ["--ctx-size", "4096", "--", "--threads", str(threads), "--threads-batch", str(threads)]
-    with served(given) as server, Client(server.url, timeout=600) as client:
+    with served(given, longest=1800) as server, Client(server.url, timeout=600) as client:
 
         def say(text: str) -> int:
             answer = client.completion(text, n_predict=8, temperature=0.0, return_tokens=True)

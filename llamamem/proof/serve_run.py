@@ -39,14 +39,14 @@ class Served:
 
 
 @contextmanager
-def served(arguments: Sequence[str]) -> Iterator[Served]:
-    """Once it has printed its run. It never outlives the block."""
+def served(arguments: Sequence[str], longest: float = LONGEST) -> Iterator[Served]:
+    """Once it has printed its run, which may take it `longest` seconds. It never outlives the block."""
     with tempfile.TemporaryFile("w+", errors="replace") as talk:
         process = subprocess.Popen(
             [sys.executable, "-m", "llamamem.cli", "serve", "--json", *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=talk, text=True,
         )  # fmt: skip
-        watchdog = threading.Timer(LONGEST, process.terminate)
+        watchdog = threading.Timer(longest, process.terminate)
         watchdog.start()
         try:
             assert process.stdout is not None
