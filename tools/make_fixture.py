@@ -50,7 +50,9 @@ def arrays_of(folder: Path, seed: int) -> dict[str, np.ndarray]:
         if state:
             values = zip(*memory.state.values(), strict=True)
             for key, layers in zip(("S", "prev", "pos"), values, strict=True):
-                made[f"{state}_{key}"] = np.stack([layer[0].numpy() for layer in layers])
+                stacked = np.stack([layer[0].numpy() for layer in layers])
+                if stacked.size:  # a delta rule has no previous source
+                    made[f"{state}_{key}"] = stacked
 
     first, second = prompts
     run("p0_mem", first, state="p0")

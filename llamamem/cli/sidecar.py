@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from llamamem.formats.base import TESTED
 from llamamem.formats.checkpoint.writer import materialize as write_back
 from llamamem.formats.sidecar import Sidecar, read_sidecar
 from llamamem.formats.sidecar.compare import Comparison
@@ -114,6 +115,9 @@ def export(
             progress=progress,
         )
     _report(sidecar)
+    if sidecar.base_arch not in TESTED:
+        text = f"warning: no test is about a memory on architecture {printable(sidecar.base_arch)}: compare logits"
+        typer.echo(f"{text} before you trust it (docs/porting.md), and serve it with `-- --memory-untested`", err=True)
 
 
 def inspect(

@@ -161,7 +161,7 @@ def _native(
             sidecar = None if config is None else Path(scratch) / f"memory-{i}.gguf"
             if sidecar is not None:
                 export_sidecar(fixture.path, gguf, sidecar, config=config)
-            with Model.open(gguf, sidecar) as model:
+            with Model.open(gguf, sidecar, untested=True) as model:  # this is the test
                 for case in (case for case in fixture.cases if case.config == config):
                     for n_ubatch in ubatches if not case.step else (1,):
                         n_ctx = max(len(case.ids), 0 if case.before is None else len(case.before))

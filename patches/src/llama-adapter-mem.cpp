@@ -242,6 +242,9 @@ llama_adapter_mem::llama_adapter_mem(const llama_model & model, const llama_adap
             return sidecar.head[h] ? llama_adapter_mem_pack_delta(src.tensors, names[h], adapter_mem_factor(hparams, src.tensors, h)) : std::vector<float>(D * src.width[h]);
         };
         auto add = [&](const ggml_tensor * w, const char * name, bool is_in, bool is_active, const std::vector<float> & data) {
+            if (!w && is_active) {
+                throw std::runtime_error(format("sidecar '%s': [base-graph] layer %d of the base has no projection for %s", sidecar.path.c_str(), src.il, name));
+            }
             if (!w) {
                 return; // as k and v in a layer that shares those of another
             }

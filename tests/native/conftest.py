@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from model_fixtures import models  # noqa: F401
 from native_runs import load_variant, make_model
 
 DATA = Path(__file__).parents[1] / "data" / "model_a"

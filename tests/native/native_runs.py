@@ -13,6 +13,7 @@ from llamamem.errors import LlamamemError
 from llamamem.native.layer import eval_layer
 from llamamem.native.runtime import Context, Model, State, load_library
 from llamamem.proof.fixtures import FixtureReport, check_fixtures
+from llamamem.proof.model_fixtures import CaseReport, check_model_fixture
 
 MAKE_MODEL = Path(__file__).parents[2] / "tools" / "make_model.py"
 
@@ -22,9 +23,11 @@ def load_variant(exact_gelu: bool) -> None:
     load_library(exact_gelu=exact_gelu)
 
 
-def logits(base: Path, sidecar: Path | None, ids: np.ndarray, *, mode: str = "batched", **options: Any) -> np.ndarray:
+def logits(
+    base: Path, sidecar: Path | None, ids: np.ndarray, *, mode: str = "batched", untested: bool = False, **options: Any
+) -> np.ndarray:
     """Logits of every id, fed from position 0 into a fresh context."""
-    with Model.open(base, sidecar, mode) as model, _context(model, len(ids), options) as context:
+    with Model.open(base, sidecar, mode, untested=untested) as model, _context(model, len(ids), options) as context:
         return context.decode(ids)
 
 
@@ -56,6 +59,22 @@ def logits_after_kv_dropped(
         after.decode(second[::-1])  # something to be dropped
         after.load_memory(path)
         return after.decode(second), after.states()
+
+
+def saved_memory(base: Path, sidecar: Path, ids: np.ndarray, path: Path) -> None:
+    """Writes the memory of some ids as a file of its own."""
+    with Model.open(base, sidecar) as model, _context(model, len(ids), {}) as context:
+        context.decode(ids)
+        context.save_memory(path)
+
+
+def base_refusal(base: Path, sidecar: Path) -> str:
+    """Why the runtime does not give that base that sidecar; empty if it does."""
+    try:
+        Model.open(base, sidecar).close()
+    except LlamamemError as e:
+        return str(e)
+    return ""
 
 
 def logits_at_scale(
@@ -182,6 +201,11 @@ def load_other_variant() -> None:
 def run_layer(weights: dict[str, np.ndarray] | None, **arguments: Any) -> dict[str, np.ndarray]:
     """One layer through the compiled op."""
     return eval_layer(weights, **arguments)
+
+
+def fixture_reports(path: Path) -> list[CaseReport]:
+    """A whole-model fixture through the runtime."""
+    return check_model_fixture(path, "native")
 
 
 def layer_reports(paths: list[Path], atol: float) -> list[FixtureReport]:

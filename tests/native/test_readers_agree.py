@@ -29,7 +29,7 @@ from hostile.raw import (
     string,
     values,
 )
-from hostile.version_3 import sound_3
+from hostile.raw_3 import sound_3
 
 from llamamem.formats.findings import REASONS
 from llamamem.formats.sidecar import validate_sidecar

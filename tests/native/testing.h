@@ -34,6 +34,8 @@ struct ctx_deleter {
 using model_ptr = std::unique_ptr<llama_model, model_deleter>;
 using ctx_ptr   = std::unique_ptr<llama_context, ctx_deleter>;
 
+static uint32_t n_tokens_text = 400; // the tokens that texts are of, those from 10 on
+
 static std::string last_error; // what llama.cpp logged as an error
 
 static inline void log_keep_errors(ggml_log_level level, const char * text, void *) {
@@ -51,6 +53,8 @@ static inline model_ptr model_load(const char * path, const char * path_sidecar)
         printf("failed to load %s\n", path);
         exit(1);
     }
+    n_tokens_text = std::min(400, llama_vocab_n_tokens(llama_model_get_vocab(model.get())) - 10);
+
     if (path_sidecar) {
         char err[512];
         if (!llama_model_load_adapter_mem(model.get(), path_sidecar, path, LLAMA_ADAPTER_MEM_MODE_BATCHED, err, sizeof(err))) {
@@ -113,7 +117,7 @@ static inline std::vector<token_at> text(llama_seq_id seq, int n, uint32_t seed,
     std::vector<token_at> res;
     for (int i = 0; i < n; ++i) {
         seed = seed * 1664525u + 1013904223u;
-        res.push_back({ (llama_token) (10 + (seed >> 8) % 400), pos0 + i, seq });
+        res.push_back({ (llama_token) (10 + (seed >> 8) % n_tokens_text), pos0 + i, seq });
     }
     return res;
 }
