@@ -59,6 +59,8 @@ def chat_command(
 ) -> None:
     """Talk to a running server. It begins with an empty memory, or with that of --session.
 
+    With a gateway (`llamamem serve --sessions`) sessions are those that the key opens there, unless --store is given.
+
     The memory goes with each request and comes back with the answer: no slot is taken, nobody else gets it, and nothing
     is left in the server when the chat ends.
 
@@ -70,10 +72,12 @@ def chat_command(
     """
     from llamamem.serving.target import open_target
     from llamamem.sessions import Chat, Sessions
+    from llamamem.sessions.remote import GatewaySessions, is_gateway
 
     client, record = open_target(run, url, api_key)
     with client:
-        sessions = Sessions(client, open_given_store(store, quota))
+        own = is_gateway(client) and store is None
+        sessions = Sessions(client, GatewaySessions(client) if own else open_given_store(store, quota))
         sampling = {"temperature": temperature, "top_k": None, "seed": seed, "max_tokens": max_tokens}
         chat = Chat(client, slot=slot, sessions=sessions, system=system, **sampling)
         if session is not None:

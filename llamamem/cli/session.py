@@ -18,6 +18,7 @@ from llamamem.cli.completion import run_names, session_names
 from llamamem.cli.rebase import rebase_sessions
 from llamamem.errors import LlamamemError
 from llamamem.sessions import Session, Sessions, SessionStore, open_store
+from llamamem.sessions.remote import GatewaySessions
 from llamamem.sessions.resumed import release, sweep
 from llamamem.sessions.session import Generation
 
@@ -46,6 +47,9 @@ Run = Annotated[
     typer.Option(metavar="NAME", help="Which server, when several run: its name or run id.", autocompletion=run_names),
 ]
 Url = Annotated[str | None, typer.Option(help="A server that `llamamem serve` did not start.")]
+GatewayUrl = Annotated[
+    str | None, typer.Option("--url", metavar="URL", help="A gateway, whose sessions are meant in place of a store's.")
+]
 SlotDir = Annotated[Path | None, typer.Option(help="That server's --slot-save-path; not needed any more.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="Key that the server asks for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -84,13 +88,16 @@ def start(
     ] = None,
     store: Store = None,
     quota: Quota = None,
+    url: GatewayUrl = None,
+    api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Make a session, with no memory yet or with that of another.
+    """Make a session, with no memory yet or with that of another. A gateway makes one with its first memory.
 
     Exit status: 0 done, 2 it could not be done.
     """
-    _report(open_given_store(store, quota).create(name, from_), "started", as_json)
+    with _opened(store, url, api_key, quota=quota) as opened:
+        _report(opened.create(name, from_), "started", as_json)
 
 
 def resume(
@@ -141,6 +148,8 @@ def list_sessions(
     after: Annotated[str | None, typer.Option(metavar="NAME", help="The page after that one.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every state, and compare it with its hash.")] = False,
     store: Store = None,
+    url: GatewayUrl = None,
+    api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
     """List the sessions, all of them by name or a page. What is damaged is listed with its fault.
@@ -153,15 +162,15 @@ def list_sessions(
     from rich.markup import escape
     from rich.table import Table
 
-    opened = open_given_store(store, must_exist=True)
-    entries = opened.entries(after=after, limit=limit, verify=verify)
+    with _opened(store, url, api_key, must_exist=True) as opened:
+        entries = opened.entries(after=after, limit=limit, verify=verify)
+        total = opened.total_bytes() if as_json else 0
     more = entries[-1].label if limit is not None and len(entries) == limit else None
     if as_json:
         sessions = [
             {"label": e.label, "fault": e.fault, **(e.session.model_dump(mode="json") if e.session else {})}
             for e in entries
         ]
-        total = opened.total_bytes()
         print(json.dumps({"store": opened.location, "total_bytes": total, "next": more, "sessions": sessions}))
     elif entries:
         table = Table("name", "tokens", "used (UTC)", "generation", "sidecar", "from", "", box=None, pad_edge=False)
@@ -183,12 +192,15 @@ def list_sessions(
         raise typer.Exit(1)
 
 
-def history(name: OldName, store: Store = None, as_json: Json = False) -> None:
+def history(
+    name: OldName, store: Store = None, url: GatewayUrl = None, api_key: ApiKey = None, as_json: Json = False
+) -> None:
     """Show the generations of a session that are kept, the newest first.
 
     Exit status: 0 shown, 2 it could not be.
     """
-    session, _ = open_given_store(store).load(name)
+    with _opened(store, url, api_key) as opened:
+        session, _ = opened.load(name)
     kept = [session, *([session.before] if session.before else [])]
     if as_json:
         fields = set(Generation.model_fields)
@@ -200,12 +212,15 @@ def history(name: OldName, store: Store = None, as_json: Json = False) -> None:
         print(f"generation {generation.generation}  saved {saved}  {generation.tokens} tokens")
 
 
-def undo(name: OldName, store: Store = None, as_json: Json = False) -> None:
+def undo(
+    name: OldName, store: Store = None, url: GatewayUrl = None, api_key: ApiKey = None, as_json: Json = False
+) -> None:
     """Bring back the generation before, as the next one; undone once more, all is as it was.
 
     Exit status: 0 done, 2 it could not be done.
     """
-    _report(open_given_store(store).undo(name), "is as it was before its last save", as_json)
+    with _opened(store, url, api_key) as opened:
+        _report(opened.undo(name), "is as it was before its last save", as_json)
 
 
 def remove(
@@ -216,18 +231,19 @@ def remove(
     slot_dir: Annotated[Path | None, typer.Option(help="Also sweep what killed processes left there.")] = None,
     api_key: ApiKey = None,
     store: Store = None,
+    url: GatewayUrl = None,
 ) -> None:
     """Remove sessions, and every copy of their memory: older generations, the slots in which they were resumed.
 
     Exit status: 0 done, 2 it could not be done.
     """
-    opened = open_given_store(store)
-    for name in names:
-        opened.remove(name)
-        typer.echo(f"removed {name!r}", err=True)
-        key = api_key.split(",")[0] if api_key else None
-        for left in release(opened.location, name, api_key=key, keep_slot=keep_slot):
-            typer.echo(f"llamamem: warning: {left}", err=True)
+    with _opened(store, url, api_key) as opened:
+        for name in names:
+            opened.remove(name)
+            typer.echo(f"removed {name!r}", err=True)
+            key = api_key.split(",")[0] if api_key else None
+            for left in release(opened.location, name, api_key=key, keep_slot=keep_slot):
+                typer.echo(f"llamamem: warning: {left}", err=True)
     sweep(slot_dir)
 
 
@@ -262,6 +278,21 @@ def open_given_store(store: str | None, quota: str | None = None, *, must_exist:
         raise LlamamemError(f"--store {store}: no such store; check the name, `llamamem session start` makes one")
     place = store or str(Path(platformdirs.user_data_path("llamamem", appauthor=False)) / "sessions")
     return open_store(place, quota=None if quota is None else size_of(quota, "--quota"))
+
+
+@contextmanager
+def _opened(
+    store: str | None, url: str | None, api_key: str | None, *, quota: str | None = None, must_exist: bool = False
+) -> Iterator[SessionStore | GatewaySessions]:
+    """The sessions of a gateway where its URL is given, else those of a store."""
+    if url is None:
+        yield open_given_store(store, quota, must_exist=must_exist)
+        return
+    from llamamem.serving.target import open_target
+
+    client, _ = open_target(None, url, api_key)
+    with client:
+        yield GatewaySessions(client)
 
 
 @contextmanager

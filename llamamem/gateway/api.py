@@ -11,7 +11,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats.state import State, decode_state, encode_state
 from llamamem.formats.state import math as state_math
 from llamamem.gateway import learn
-from llamamem.gateway.errors import Refusal, refusal_of
+from llamamem.gateway.errors import CHANGED, Refusal, refusal_of
 from llamamem.gateway.exchange import Exchange, while_there
 from llamamem.gateway.held import Held, HeldSessions
 from llamamem.gateway.metrics import Metrics
@@ -106,6 +106,7 @@ class Api:
         memory = Memory(data, int(state.tokens_written.max()), *served.identity)
         async with self._sessions.held(namespace, name) as held:
             was_there = held.session is not None
+            _check_match(exchange, held.session)
             session = await held.save(memory)
         await self._done(exchange, session, "changed" if was_there else "made", status=200 if was_there else 201)
 
@@ -241,6 +242,13 @@ def _parts(raw: bytes) -> tuple[str | None, str]:
     if len(parts) > 2:
         raise Refusal(400, "the name of the session has a slash in it, or there is too much behind it", "session-name")
     return session_name(parts[0]), parts[1] if len(parts) > 1 else ""
+
+
+def _check_match(exchange: Exchange, session: Session | None) -> None:
+    """`If-Match: "GENERATION"`, 0 for one that is not there: a 409 for another."""
+    wanted = [value.decode("latin-1").strip().strip('"') for value in exchange.headers.get("if-match", [])]
+    if wanted and wanted != [str(0 if session is None else session.generation)]:
+        raise Refusal(409, CHANGED, "session-conflict")
 
 
 def _damaged(entry: Entry) -> dict[str, Any]:

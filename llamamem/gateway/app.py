@@ -74,7 +74,6 @@ class Gateway:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         looks.cancel()
-        await self.upstream.close()
         self._sessions.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -29,6 +29,7 @@ class Held:
         self.name = name
         self.record = record
         self.store = store
+        self.released = False
         self._sessions = sessions
 
     @property
@@ -43,9 +44,12 @@ class Held:
         new = self.record is None
 
         def save() -> Session:
-            return self.store.save(session, memory, conversation=conversation, origin=origin, new=new)
+            saved = self.store.save(session, memory, conversation=conversation, origin=origin, new=new)
+            self._sessions.release(self.store, self.name)  # in the same thread: another switch would cost as much
+            return saved
 
         saved = await _through(self._sessions.run("save", save))
+        self.released = True
         self.record = Record(saved, memory.data, origin)
         return saved
 
@@ -80,11 +84,13 @@ class HeldSessions:
             store = self.store.within(namespace)
             record = await self._take(store, name)
             renewal = asyncio.ensure_future(self._renew(store, name))
+            held = Held(self, store, name, record)
             try:
-                yield Held(self, store, name, record)
+                yield held
             finally:
                 renewal.cancel()
-                await _through(self._release(store, name))
+                if not held.released:
+                    await _through(self._release(store, name))
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
@@ -116,9 +122,12 @@ class HeldSessions:
             with contextlib.suppress(LlamamemError):  # whoever has it by now, the save tells
                 await self.run("lease", lambda: store.lease(name, self.owner, self._lease))
 
-    async def _release(self, store: SessionStore, name: str) -> None:
+    def release(self, store: SessionStore, name: str) -> None:
         with contextlib.suppress(LlamamemError):  # it runs out by itself
-            await self.run("release", lambda: store.release(name, self.owner))
+            store.release(name, self.owner)
+
+    async def _release(self, store: SessionStore, name: str) -> None:
+        await self.run("release", lambda: self.release(store, name))
 
     @asynccontextmanager
     async def _in_order(self, namespace: str, name: str) -> AsyncIterator[None]:

@@ -11,9 +11,8 @@ import json
 import time
 from typing import Any
 
-import httpx
-
 from llamamem.errors import LlamamemError
+from llamamem.gateway import wire
 from llamamem.gateway.errors import CHANGED, Refusal, refusal_of
 from llamamem.gateway.exchange import Exchange, while_there
 from llamamem.gateway.held import Held, HeldSessions
@@ -27,7 +26,7 @@ from llamamem.sessions.store import Record
 
 _PASSED = ("content-type", "accept", "user-agent")
 # of an answer, what is a matter of its connection, or of who may read it
-_KEPT_BACK = {"connection", "keep-alive", "transfer-encoding", "content-length", "server", "date", "vary"}
+_KEPT_BACK = {b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"server", b"date", b"vary"}
 _EVENTS = "text/event-stream"
 
 
@@ -37,23 +36,22 @@ def passed_headers(exchange: Exchange) -> list[tuple[str, str]]:
     return found if "content-type" in exchange.headers else [*found, ("content-type", "application/json")]
 
 
-def answered_headers(response: httpx.Response) -> list[tuple[bytes, bytes]]:
-    kept = [(name.lower(), value) for name, value in response.headers.raw]
+def answered_headers(response: wire.Response) -> list[tuple[bytes, bytes]]:
     return [
         (name, value)
-        for name, value in kept
-        if name.decode("latin-1") not in _KEPT_BACK and not name.startswith(b"access-control-")
+        for name, value in response.headers
+        if name not in _KEPT_BACK and not name.startswith(b"access-control-")
     ]
 
 
-async def relay(exchange: Exchange, response: httpx.Response) -> None:
+async def relay(exchange: Exchange, response: wire.Response) -> None:
     """An answer as it is, piece by piece, no faster than the client takes it."""
-    await exchange.start(response.status_code, answered_headers(response))
+    await exchange.start(response.status, answered_headers(response))
     try:
-        async for piece in response.aiter_raw():
+        async for piece in response.pieces():
             await exchange.write(piece)
-    except httpx.TransportError:
-        if response.headers.get("content-type", "").startswith(_EVENTS):
+    except wire.Broken:
+        if response.content_type.startswith(_EVENTS):
             await exchange.refuse(gone(), as_event=True)
             return
         raise gone() from None
@@ -142,10 +140,10 @@ class _Turn:
         served = await self._upstream.served()
         origin = self._origin(held.record, served)
         async with self._opened(origin, frozen=False) as response:
-            if response.status_code != 200:
+            if response.status != 200:
                 self.outcome = "refused"
                 await relay(self.exchange, response)
-            elif response.headers.get("content-type", "").startswith(_EVENTS):
+            elif response.content_type.startswith(_EVENTS):
                 await self._stream(response, held, origin, served)
             else:
                 await self._whole(response, held, origin, served)
@@ -153,7 +151,7 @@ class _Turn:
     async def read(self, record: Record | None) -> None:
         origin = self._origin(record, await self._upstream.served())
         async with self._opened(origin, frozen=True) as response:
-            self.outcome = "read" if response.status_code == 200 else "refused"
+            self.outcome = "read" if response.status == 200 else "refused"
             await relay(self.exchange, response)
 
     def _origin(self, record: Record | None, served: Served) -> bytes | None:
@@ -170,22 +168,22 @@ class _Turn:
         content = json.dumps(body).encode()
         return self._upstream.open("POST", self._path, content=content, headers=passed_headers(self.exchange))
 
-    async def _whole(self, response: httpx.Response, held: Held, origin: bytes | None, served: Served) -> None:
+    async def _whole(self, response: wire.Response, held: Held, origin: bytes | None, served: Served) -> None:
         try:
-            data = json.loads(await response.aread())
-        except (httpx.TransportError, ValueError):
+            data = json.loads(await response.read())
+        except (wire.Broken, ValueError):
             raise gone() from None
         told = told_in(data)
         await self._settle(held, told, answer(self._kind, data), origin, served)
         await self.exchange.answer_json(data)
 
-    async def _stream(self, response: httpx.Response, held: Held, origin: bytes | None, served: Served) -> None:
+    async def _stream(self, response: wire.Response, held: Held, origin: bytes | None, served: Served) -> None:
         """Passes events on as they come, up to those of the end; these wait until the memory is saved."""
         listener, rest, tail = Listener(self._kind), b"", b""
         await self.exchange.start(200, answered_headers(response))
         self._metrics.first_seconds.observe(time.monotonic() - self._began)
         try:
-            async for piece in response.aiter_raw():
+            async for piece in response.pieces():
                 rest += piece
                 cut = rest.rfind(b"\n\n") + 2
                 if cut < 2:
@@ -197,7 +195,7 @@ class _Turn:
                 tail += events[at:]
                 for event in events_of(events):
                     listener.hear(event)
-        except httpx.TransportError:
+        except wire.Broken:
             raise gone() from None
         if listener.error:  # the server said so itself
             await self.exchange.end(tail + rest)

@@ -9,17 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from llamamem.errors import LlamamemError
 from llamamem.formats.state import Identity, decode_state, origin_sha256
+from llamamem.gateway import wire
 from llamamem.gateway.errors import Refusal
 from llamamem.serving.client import encoded_memory
 from llamamem.sessions.session import Memory, Session
-
-# that an answer may take: none. A client that has enough hangs up, and then so do we.
-_TIMEOUT = httpx.Timeout(10.0, read=None)
-_ADMIN = 60.0  # seconds, for a question of our own
 
 
 @dataclass(frozen=True)
@@ -36,74 +31,66 @@ class Upstream:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # A connection each: the server closes one after a stream, and a request that reuses it just then is cut off.
-        limits = httpx.Limits(max_keepalive_connections=0, max_connections=None)
-        self._http = httpx.AsyncClient(
-            headers=headers, timeout=_TIMEOUT, trust_env=False, limits=limits, follow_redirects=False
-        )
-        self._http.headers.pop("accept-encoding", None)
-        self._served: Served | None = None
         self.forgotten = 0  # times
+        self._key = [("Authorization", f"Bearer {key}")] if key else []
+        self._served: Served | None = None
 
     def moved(self, url: str) -> None:
         """Another process may serve other files."""
         self.url, self._served = url, None
 
-    async def close(self) -> None:
-        await self._http.aclose()
-
     @asynccontextmanager
     async def open(
         self, method: str, path: str, *, query: str = "", content: bytes | None = None, headers: list[tuple[str, str]]
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[wire.Response]:
         """A request of a client, as soon as the head of its answer is there; it ends with the block. Raises Refusal
         when nobody answers."""
         url = self.url + path + (f"?{query}" if query else "")
-        request = self._http.build_request(method, url, content=content, headers=headers)
         try:
-            response = await self._http.send(request, stream=True)
-        except httpx.ConnectError:
+            response = await wire.ask(method, url, headers=[*self._key, *headers], content=content)
+        except ConnectionError:
             self._served = None
             raise Refusal(
-                503, "the server is not ready; it is started or loads: ask again", "server-starting"
+                503, "the server is started or loads, and is not ready: ask again", "server-starting"
             ) from None
-        except httpx.TransportError:
+        except wire.Broken:
             self._served = None
             raise gone() from None
         try:
             yield response
         finally:
-            await response.aclose()
+            response.close()
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
         """A question of our own: the JSON of its answer. Raises Refusal with what the server says."""
         content = None if body is None else json.dumps(body).encode()
-        headers = [("content-type", "application/json")]
+        headers = [("Content-Type", "application/json")]
         async with self.open(method, path, content=content, headers=headers) as response:
             try:
-                data = await response.aread()
-            except httpx.TransportError:
+                data = await response.read()
+            except wire.Broken:
                 self._served = None
                 raise gone() from None
             try:
                 answer = json.loads(data) if data else None
             except ValueError:
                 answer = None
-            if not response.is_success:
-                raise Refusal(response.status_code, _reason(answer) or "the server refuses it")
+            if response.status != 200:
+                raise Refusal(response.status, _reason(answer) or "the server refuses it")
             return answer
 
     async def text(self, path: str) -> bytes:
         """What it answers to a GET, empty where it refuses."""
         async with self.open("GET", path, headers=[]) as response:
-            data = await response.aread()
-            return data if response.is_success else b""
+            try:
+                return await response.read() if response.status == 200 else b""
+            except wire.Broken:
+                raise gone() from None
 
     async def is_ready(self) -> bool:
         try:
             async with self.open("GET", "/health", headers=[]) as response:
-                return response.status_code == 200
+                return response.status == 200
         except Refusal:
             return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -16,7 +16,6 @@ from llamamem.serving.slots import held
 from llamamem.sessions import resumed
 from llamamem.sessions.resumed import Point, Resumed
 from llamamem.sessions.session import Memory, Missing, Session
-from llamamem.sessions.store import SessionStore
 
 Prompt = str | list[int] | list[dict[str, Any]]
 
@@ -34,6 +33,17 @@ class Served(NamedTuple):
     run: str | None  # tells this run of the server from others, where it says so
 
 
+class Kept(Protocol):
+    """What of a SessionStore is needed here, which a gateway has as well."""
+
+    @property
+    def location(self) -> str: ...
+    def create(self, name: str, from_: str | None = None) -> Session: ...
+    def load(self, name: str) -> tuple[Session, bytes | None]: ...
+    def save(self, session: Session, memory: Memory) -> Session: ...
+    def remove(self, name: str) -> None: ...
+
+
 class Sessions:
     """`Sessions(client, store)`. A turn takes any slot, and any of several servers behind one URL.
 
@@ -42,7 +52,7 @@ class Sessions:
     LlamamemError; what the server refused is in it as the server said it.
     """
 
-    def __init__(self, client: Client, store: SessionStore, *, run_id: str | None = None, wait: float = 60) -> None:
+    def __init__(self, client: Client, store: Kept, *, run_id: str | None = None, wait: float = 60) -> None:
         self.client = client
         self.store = store
         self.run_id = run_id

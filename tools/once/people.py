@@ -129,10 +129,10 @@ class Person:
             return None
         except Refused as e:
             raise Wrong(f"a turn was refused: {e}") from None
-        self.took(id, whole, answer)
+        self.took(id, whole, answer, n)
         return answer.text.strip()
 
-    def took(self, id: str | None, talk: Talk, answer: Answer) -> None:
+    def took(self, id: str | None, talk: Talk, answer: Answer, n: int) -> None:
         """Holds what the gateway says against the rules, and what it saved against a fresh server."""
         told, raw = answer.told, self.way.raw
         on, origin = self.known.runs_on(id, talk, raw)
@@ -148,7 +148,14 @@ class Person:
             whole = self.fresher.n_tokens(talk, raw, answer.text)
             cut = told.get("tokens_written") == origin.written + whole - 1
         memory = self.saved(self.known.generation + 1)
-        self.same(memory, self.fresher.after(origin, talk, raw, answer.text, cut), "after a turn")
+        expected = self.fresher.after(origin, talk, raw, answer.text, cut)
+        if memory.written != expected.written:
+            # a token without a text is not in what was heard: the fresh server has to say it, too
+            fresh = self.fresher.answer(origin, talk, raw, n)
+            if fresh.text == answer.text:
+                self.tally.did["unheard tokens"] += 1
+                expected = fresh.memory
+        self.same(memory, expected, "after a turn")
         # what the answer's own memory is by then is the origin of the next: it was just found to be right
         self.known = self.known.answered(id, talk, raw, answer.text, memory)
 

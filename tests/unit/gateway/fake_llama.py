@@ -28,7 +28,8 @@ class FakeModel(FakeServer):
             end = "<|turn>model\n" if body.get("add_generation_prompt", True) else ""
             return Reply(200, {"prompt": "<bos>" + "".join(turns) + end})
         if path == "/props":
-            memory = {"sidecar_sha256": "0" * 64, "base_sha256": "1" * 64}
+            memory = {"sidecar_sha256": "0" * 64, "base_sha256": "1" * 64, "features": ["memory", "continues"]}
+            memory |= {"layers": [0], "state_heads": 1, "states": 1, "rank": 4, "chunk": 1024, "semantics": 1}
             return Reply(
                 200, {"rwkv_ms": memory, "total_slots": self.n_slots, "default_generation_settings": {"n_ctx": 64}}
             )
