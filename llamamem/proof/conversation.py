@@ -8,7 +8,6 @@ and token that went wrong are named.
 from __future__ import annotations
 
 import random
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from llamamem.errors import LlamamemError
 from llamamem.formats.conversation import Script, Step
 from llamamem.formats.sidecar import read_sidecar
+from llamamem.formats.sidecar.layout import DELTA_RULE
 from llamamem.formats.state import State, encode_state
 from llamamem.proof.conversation_native import NativeConversation, started
 from llamamem.proof.conversation_report import Bounds, Location, Parity, Turn
@@ -29,13 +29,13 @@ from llamamem.reference.attach import Attached, Fault, attach
 from llamamem.reference.base import Base, follow, load_base
 from llamamem.reference.conversation import Conversation
 
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # of a token that is a part of a character
 _TALK = 400  # tokens of small talk a turn, at most
 _FAR = 5  # times the bound: no rounding
 
 
 def standard_script(chunk: int, seed: int = 0, max_new_tokens: int = 16) -> Script:
-    """A conversation of the small language that goes beyond one chunk, with everything that a script can do in it."""
+    """A conversation of the small language that goes beyond `chunk` tokens, and has all that a script can do in it."""
     rng = random.Random(seed)
     facts = list(language.draw_facts(rng, 4).items())
 
@@ -111,16 +111,19 @@ def hold(
 ) -> Parity:
     """Loads the reference, starts a server of its own, and compares them over a script (None: standard_script).
 
-    `base` is the Hugging Face form of `model`. The reference's GELU is that of the server: exact, or ggml's table.
+    `base` is the Hugging Face form of `model`: its config and tokenizer. The weights are the GGUF's, dequantised. The
+    reference's GELU is that of the server: exact, or ggml's table.
     """
     memory_of = read_sidecar(sidecar)
-    reference = load_base(base, dtype=dtype, gelu="exact" if exact_gelu else "ggml")
+    reference = load_base(base, weights=model, dtype=dtype, gelu="exact" if exact_gelu else "ggml")
     memory = attach(reference.model, adapter_of(memory_of))
     memory.faults = [] if inject is None else [inject]
+    if inject is not None and inject.kind != "skip-write" and memory.adapter.kind == DELTA_RULE:
+        raise LlamamemError(f"--inject {inject.kind}: a delta rule has no previous source and no chunks; skip-write")
     if inject is not None and inject.layer not in memory.adapter.layers:
         layers = ", ".join(map(str, memory.adapter.layers))
         raise LlamamemError(f"--inject: layer {inject.layer} has no memory; those that have: {layers}")
-    script = script or standard_script(memory_of.chunk)
+    script = script or standard_script(_TALK if memory_of.kind == DELTA_RULE else memory_of.chunk)
     with (
         tempfile.TemporaryDirectory(prefix="llamamem-parity-") as scratch,
         started(
@@ -149,7 +152,7 @@ class _Run:
         self.ids: list[int] = []  # of the text, the last one not through the model yet
         self.fed: list[int] = []  # what went through in the last turn
         self.saved: dict[str, tuple[bytes, bytes]] = {}  # the reference's file and the server's
-        self.ban = frozenset(i for token, i in base.tokenizer.get_vocab().items() if _BYTE.fullmatch(token)) - base.stop
+        self.ban = frozenset(i for i in range(len(base.tokenizer)) if _BROKEN in base.tokenizer.decode([i])) - base.stop
         self.layers = list(memory.adapter.layers)
 
     def step(self, i: int, step: Step) -> tuple[Turn, Callable[[], None] | None]:
@@ -228,11 +231,11 @@ class _Run:
         ours, theirs = self.memory.export_state(self.native.identity), self.native.memory()
         layers = [_apart(ours, theirs, row) for row in range(len(self.layers))]
         same = bool((ours.tokens_written == theirs.tokens_written).all())
-        state = max(max(apart.S.max(), apart.prev.max()) for apart in layers)
+        state = max(max(apart.S.max(), apart.prev.max(initial=0.0)) for apart in layers)
         return {
             "ok": same and float(state) <= self.bounds.state,
             "S": float(np.abs(ours.S - theirs.S).max()),
-            "prev": float(np.abs(ours.prev - theirs.prev).max()),
+            "prev": float(np.abs(ours.prev - theirs.prev).max(initial=0.0)),
             "state": float(state),
             "counters_equal": same,
             "written": int(theirs.tokens_written.max()),
@@ -275,7 +278,7 @@ class _Apart(NamedTuple):
 
 def _apart(ours: State, theirs: State, row: int) -> _Apart:
     def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.asarray(np.abs(a - b) / max(1.0, float(np.abs(b).max())))
+        return np.asarray(np.abs(a - b) / max(1.0, float(np.abs(b).max(initial=0.0))))
 
     counter = int(abs(ours.tokens_written[0, row] - theirs.tokens_written[0, row]))
     return _Apart(apart(ours.S[0, row], theirs.S[0, row]), apart(ours.prev[0, row], theirs.prev[0, row]), counter)
@@ -288,6 +291,6 @@ def _difference(ours: State, theirs: State, row: int, bound: float) -> tuple[str
         return "counter", float(apart.counter), []
     if apart.S.max() > bound:
         return "S", float(apart.S.max()), np.argwhere(apart.S.max(axis=(-1, -2)) > bound).tolist()
-    if apart.prev.max() > bound:
-        return "prev", float(apart.prev.max()), []
+    if (prev := float(apart.prev.max(initial=0.0))) > bound:
+        return "prev", prev, []
     return None

@@ -6,13 +6,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.model_fixture import Case, ModelFixture, read_model_fixture
 from llamamem.reference.require import require_torch
+
+if TYPE_CHECKING:
+    from llamamem.native.runtime import Model
 
 LOGITS, STATES = 5e-5, 5e-6  # bounds on absolute differences, of an exact GELU
 UBATCHES = (1, 7, 512)
@@ -68,15 +71,18 @@ def check_model_fixture(
     atol: float = LOGITS,
     atol_states: float = STATES,
     ubatches: tuple[int, ...] = UBATCHES,
+    sidecar: Path | None = None,
     bin_dir: Path | None = None,
     show: Show = lambda report: None,
 ) -> list[CaseReport]:
     """Runs every case of a folder. `engine` is torch, or native: the build with the exact GELU, at each microbatch.
 
+    For the runtime sidecars are exported from the folder's checkpoint, unless one is given.
+
     Raises LlamamemError for what cannot be run.
     """
     fixture = read_model_fixture(path)
-    runs = _torch(fixture) if engine == "torch" else _native(fixture, ubatches, bin_dir)
+    runs = _torch(fixture) if engine == "torch" else _native(fixture, ubatches, sidecar, bin_dir)
     reports = []
     for case, how, measured in runs:
         reports.append(compare(fixture.path, case, how, measured, atol, atol_states))
@@ -147,10 +153,10 @@ def _torch(fixture: ModelFixture) -> Iterator[tuple[Case, str, Measured]]:
 
 
 def _native(
-    fixture: ModelFixture, ubatches: tuple[int, ...], bin_dir: Path | None
+    fixture: ModelFixture, ubatches: tuple[int, ...], given: Path | None, bin_dir: Path | None
 ) -> Iterator[tuple[Case, str, Measured]]:
     from llamamem.formats.sidecar.export import export_sidecar
-    from llamamem.native.runtime import Context, Model, load_library
+    from llamamem.native.runtime import Model, load_library
 
     gguf = fixture.gguf
     if gguf is None:
@@ -158,31 +164,33 @@ def _native(
     load_library(exact_gelu=True, bin_dir=bin_dir)
     with tempfile.TemporaryDirectory(prefix="llamamem-fixture-") as scratch:
         for i, config in enumerate((None, *fixture.configs)):
-            sidecar = None if config is None else Path(scratch) / f"memory-{i}.gguf"
-            if sidecar is not None:
+            sidecar = None if config is None else given or Path(scratch) / f"memory-{i}.gguf"
+            if sidecar is not None and sidecar != given:
                 export_sidecar(fixture.path, gguf, sidecar, config=config)
             with Model.open(gguf, sidecar, untested=True) as model:  # this is the test
                 for case in (case for case in fixture.cases if case.config == config):
-                    for n_ubatch in ubatches if not case.step else (1,):
-                        n_ctx = max(len(case.ids), 0 if case.before is None else len(case.before))
-                        kept = Path(scratch) / "before.memory"
-                        if case.before is not None:
-                            with Context(model, n_ctx, n_ubatch) as context:
-                                context.feed(case.before)
-                                context.save_memory(kept)
-                        with Context(model, n_ctx, n_ubatch) as context:
-                            if case.before is not None:
-                                context.load_memory(kept)
-                            if case.frozen:
-                                context.set_memory(frozen=True)
-                            if case.step:
-                                steps = [context.decode([token], at) for at, token in enumerate(case.ids)]
-                                logits = np.concatenate(steps)
-                            else:
-                                logits = context.decode(case.ids)
-                            states = context.states() if sidecar else []
+                    for n_ubatch in (1,) if case.step else ubatches:
                         how = "native, step" if case.step else f"native, -ub {n_ubatch}"
-                        yield case, how, Measured(logits, *_stacked(states))
+                        yield case, how, _run(model, case, n_ubatch, Path(scratch) / "before.memory")
+
+
+def _run(model: Model, case: Case, n_ubatch: int, kept: Path) -> Measured:
+    """A memory of another text comes from a file, into a context whose text is empty."""
+    from llamamem.native.runtime import Context
+
+    n_ctx = max(len(case.ids), 0 if case.before is None else len(case.before))
+    if case.before is not None:
+        with Context(model, n_ctx, n_ubatch) as context:
+            context.feed(case.before)
+            context.save_memory(kept)
+    with Context(model, n_ctx, n_ubatch) as context:
+        if case.before is not None:
+            context.load_memory(kept)
+        if case.frozen:
+            context.set_memory(frozen=True)
+        pieces = np.split(case.ids, len(case.ids)) if case.step else [case.ids]
+        logits = np.concatenate([context.decode(piece, at) for at, piece in enumerate(pieces)])
+        return Measured(logits, *(_stacked(context.states()) if case.config else ()))
 
 
 def _stacked(states: list[Any]) -> tuple[np.ndarray, ...]:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from llamamem.formats.sidecar import DELTA_CHUNK
 from llamamem.reference.oracle import F32, HEADS, LIVE, PADDING, LayerTrace, l2norm, sigmoid
 
 __all__ = ["DeltaShape", "eval_layer"]
@@ -34,9 +35,9 @@ class DeltaShape:
     scale_max: float = 2.0  # of a trained delta scale
     o_rmsnorm_eps: float = 1e-6
 
-    # what RWKV-MS has besides: one state a head, and no chunks or semantics
+    # what RWKV-MS has besides, as a state file has it: one state a head, and no chunks or semantics
     states: ClassVar[int] = 1
-    chunk: ClassVar[int] = 0
+    chunk: ClassVar[int] = DELTA_CHUNK
     semantics: ClassVar[int] = 0
 
     @property

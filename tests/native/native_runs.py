@@ -203,9 +203,9 @@ def run_layer(weights: dict[str, np.ndarray] | None, **arguments: Any) -> dict[s
     return eval_layer(weights, **arguments)
 
 
-def fixture_reports(path: Path) -> list[CaseReport]:
-    """A whole-model fixture through the runtime."""
-    return check_model_fixture(path, "native")
+def fixture_reports(path: Path, sidecar: Path | None = None) -> list[CaseReport]:
+    """A whole-model fixture through the runtime, with the sidecar exported from it unless one is given."""
+    return check_model_fixture(path, "native", sidecar=sidecar)
 
 
 def layer_reports(paths: list[Path], atol: float) -> list[FixtureReport]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from llamamem.formats.state import decode_state
 from llamamem.native import vendor
 from llamamem.proof.health.evidence import START_WITH, Evidence, Fails
-from llamamem.proof.health.slot import FIRST
+from llamamem.proof.health.slot import FIRST, PLAIN_TEXT
 from llamamem.proof.trace import compare_trace
 
 
@@ -107,12 +107,14 @@ def props(e: Evidence) -> str:
 def chat(e: Evidence) -> str:
     e.answers()
     none = {"rwkv_ms": {"memory": None}} if e.has_memory else {}
-    answer = e.client.chat([{"role": "user", "content": "Say hello."}], max_tokens=32, **none)
-    message = answer["choices"][0]["message"]
-    text = message.get("content") or message.get("reasoning_content")
-    if not isinstance(text, str) or not text.strip():
-        raise Fails("the answer to a chat has no text")
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")
+    # the second time for a base that was never taught to answer
+    for more in ({}, {"ignore_eos": True, "grammar": PLAIN_TEXT}):
+        answer = e.client.chat([{"role": "user", "content": "Say hello."}], max_tokens=32, **none, **more)
+        message = answer["choices"][0]["message"]
+        text = message.get("content") or message.get("reasoning_content")
+        if isinstance(text, str) and text.strip():
+            return repr(text if len(text) <= 40 else f"{text[:40]}...")
+    raise Fails("the answer to a chat has no text")
 
 
 def trace(e: Evidence) -> str:

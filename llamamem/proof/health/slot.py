@@ -20,6 +20,7 @@ OTHER = (
     "Recipe: soak the chickpeas overnight, drain them well, then simmer for an hour with cumin, onion and a bay leaf."
 )
 NEXT = " In the morning the keeper"
+PLAIN_TEXT = "root ::= [ -~]*"  # GBNF: printable ASCII
 
 _MOST = 64  # tokens of a text
 
@@ -59,8 +60,12 @@ class SlotProbe:
         return self._ids[text]
 
     def generate(self, prompt: list[int], n: int, **options: Any) -> Answer:
-        """Exactly n greedy tokens; an option that is None is left to the server."""
-        request = {"n_probs": 20, "cache_prompt": True, "ignore_eos": True, "return_tokens": True, **options}
+        """Exactly n greedy tokens of plain text; an option that is None is left to the server.
+
+        A base that was never taught anything says bytes, and the server has no probabilities of parts of characters.
+        """
+        fixed = {"n_probs": 20, "cache_prompt": True, "ignore_eos": True, "return_tokens": True, "grammar": PLAIN_TEXT}
+        request = {**fixed, **options}
         request = {name: value for name, value in request.items() if value is not None}
         found = self.client.completion(prompt, n_predict=n, id_slot=self.id, **request)
         choices = tuple(

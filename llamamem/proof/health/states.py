@@ -159,12 +159,12 @@ def _differs(a: Answer, b: Answer, noise: float) -> str | None:
         for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
             if x != y:
                 return f"at new token {i} ({x}, {y})"
-    # the server has one list for the bytes of a character: not as many as tokens
+    # of plain text there is a list for each token; the likeliest one need not be the token, which is plain text
     for i, (p, q) in enumerate(zip(a.choices, b.choices, strict=False)):
         gap = _parted(p, q)
         if gap > noise or (noise == 0 and p != q):
             return f"in what is likely, list {i}, by {gap:.2g} in log-probability"
-        if p[0][0] != q[0][0]:
+        if p[0][0] != q[0][0] or a.tokens[i] != b.tokens[i]:
             break
     return None
 
