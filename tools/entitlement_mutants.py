@@ -249,7 +249,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "the caller waits\n                if (false) {",
     ),
     # values
-    Mutant("scale", "a scale has no bounds", REQUESTS, "ADAPTER_MEM_SCALE_MAX = 16.0f;", "ADAPTER_MEM_SCALE_MAX = 3e38f;"),
+    Mutant(
+        "scale", "a scale has no bounds", REQUESTS, "ADAPTER_MEM_SCALE_MAX = 16.0f;", "ADAPTER_MEM_SCALE_MAX = 3e38f;"
+    ),
     Mutant(
         "finite",
         "values that are not finite get into the KV cache",
