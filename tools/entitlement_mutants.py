@@ -158,7 +158,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "messages",
         "/v1/messages passes on no memory",
         REQUESTS,
-        '{ "rwkv_ms", "id_slot", "cache_prompt" }',
+        '{ "memory_adapter", "rwkv_ms", "id_slot", "cache_prompt" }',
         '{ "cache_prompt" }',
     ),
     # what a slot learnt
@@ -215,7 +215,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "file-origin",
         "a slot file, a checkpoint and the prompt cache forget the memory that a text began on",
-        RUNTIME + "llama-memory-adapter.cpp",
+        RUNTIME + "llama-memory-adapter-state.cpp",
         "if (!has_origin || kind == LLAMA_ADAPTER_MEM_BLOCK_MEMORY) {",
         "if (true) {",
     ),
@@ -249,7 +249,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "the caller waits\n                if (false) {",
     ),
     # values
-    Mutant("scale", "a scale has no bounds", REQUESTS, "RWKV_MS_SCALE_MAX = 16.0f;", "RWKV_MS_SCALE_MAX = 3e38f;"),
+    Mutant(
+        "scale", "a scale has no bounds", REQUESTS, "ADAPTER_MEM_SCALE_MAX = 16.0f;", "ADAPTER_MEM_SCALE_MAX = 3e38f;"
+    ),
     Mutant(
         "finite",
         "values that are not finite get into the KV cache",

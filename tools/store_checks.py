@@ -31,7 +31,7 @@ class Size:
     seed: int = 1
 
 
-SHORT = Size(writers=60, contended=4, processes=2, kills=2, sessions=300)
+SHORT = Size(writers=60, contended=2, processes=2, kills=2, sessions=300)
 
 WRITER = """
 import sys
@@ -85,8 +85,11 @@ def compare_and_set(place: Place, size: Size) -> str:
         for writer in writers:
             assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
         for writer in writers:
-            writer.communicate("go\n")
-            assert writer.returncode == 0
+            assert writer.stdin is not None
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        for writer in writers:
+            assert writer.wait(600) == 0
         records = [store.read(f"counter {i}") for i in range(size.contended)]
         counted = sum(record.session.tokens for record in records)
         assert counted == each * size.processes, f"{counted} of {each * size.processes} are counted"
@@ -143,6 +146,7 @@ def names(place: Place, size: Size) -> str:
         "*",
         "'; --",
         "a:b",
+        "b:a",
     ]
     odd += ["x" * 200, "\U0001f9e0" * 200, "[a-z]*", "\\", '"', "+", "(a", "[a", "-", "\u00ff", " a"]
     letters = [c for c in map(chr, range(33, 0x3000)) if c.isprintable()]

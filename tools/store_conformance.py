@@ -39,10 +39,11 @@ def main() -> int:
     parser.add_argument("--kind", action="append", choices=KINDS, help="again for each; else all")
     parser.add_argument("--only", action="append", metavar="CHECK")
     parser.add_argument("--writers", type=int, default=Size.writers)
+    parser.add_argument("--contended", type=int, default=Size.contended, help="sessions that they write")
     parser.add_argument("--kills", type=int, default=Size.kills)
     parser.add_argument("--seed", type=int, default=Size.seed)
     args = parser.parse_args()
-    size = replace(Size(), writers=args.writers, kills=args.kills, seed=args.seed)
+    size = replace(Size(), writers=args.writers, contended=args.contended, kills=args.kills, seed=args.seed)
     failed = 0
     for kind in args.kind or KINDS:
         for name in checks_of(kind):

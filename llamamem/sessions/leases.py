@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS lease (name TEXT PRIMARY KEY, owner TEXT, 
 class Leases:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._turn = (
+            threading.Lock()
+        )  # SQLite lets who waits try again by chance: of a thousand threads some never get it
 
     def take(self, namespace: str, name: str, owner: str, seconds: float) -> float | None:
         """None: it is this owner's now; else for how many seconds it is another's."""
@@ -42,7 +46,7 @@ class Leases:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         try:
-            with contextlib.closing(self._connect()) as db, db:
+            with self._turn, contextlib.closing(self._connect()) as db, db:
                 yield db
         except sqlite3.Error as e:
             raise Unreachable(

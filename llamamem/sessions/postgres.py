@@ -13,7 +13,7 @@ from llamamem.sessions.session import Entry, Session
 from llamamem.sessions.store import Full, Unreachable
 from llamamem.sessions.valkey import public_url
 
-_MOST = 16  # connections of a store, of all its namespaces
+_MOST = 8  # connections of a store, of all its namespaces: a server has a hundred unless told otherwise
 _LOCK = 0x524D5653  # of the advisory lock that one migration at a time holds
 
 # By version; what is released is never edited, a change is one more. "C" is the order of code points.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,9 @@ class SqliteStore(Rows):
     def __init__(self, path: str | Path, *, quota: int | None = None) -> None:
         self.path = Path(path).expanduser().absolute()
         self.quota = quota
+        self._turn = (
+            threading.Lock()
+        )  # of this process' threads one writes at a time: SQLite lets waiters try by chance
         self._leases = Leases(self.path.with_name(f"{self.path.name}-leases"))
 
     @property
@@ -184,9 +188,12 @@ class SqliteStore(Rows):
             raise LlamamemError(f"{self.location}: is not a file; give another place")
         place = f"{self.path.as_uri()}?mode=rw" if there else ":memory:"  # one that cannot be written is read
         try:
-            with contextlib.closing(
-                sqlite3.connect(place, timeout=_LOCK_TIMEOUT, isolation_level=None, uri=there)
-            ) as db:
+            with (
+                self._turn if write else contextlib.nullcontext(),
+                contextlib.closing(
+                    sqlite3.connect(place, timeout=_LOCK_TIMEOUT, isolation_level=None, uri=there)
+                ) as db,
+            ):
                 db.text_factory = lambda text: text.decode("utf-8", "replace")  # damage is reported by who reads it
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA secure_delete = ON")  # what is forgotten is not left in free pages
