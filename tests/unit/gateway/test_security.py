@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fronts import Front, MakeFront
+from json_docs import faults, sections
 from memory_store import MemoryStore
 
 from llamamem.gateway import connection
@@ -435,3 +436,12 @@ def test_keys_are_kept_as_hashes_in_files_of_their_owner(llamamem: Any, tmp_path
     assert llamamem("key", "rm", id, "--store", str(store)).status == 0
     assert llamamem("key", "rm", id, "--store", str(store)).status == 2
     assert id not in llamamem("key", "list", "--store", str(store)).out
+
+
+def test_keys_as_json_are_as_documented(llamamem: Any, tmp_path: Path) -> None:
+    store = str(tmp_path / "s")
+    added = json.loads(llamamem("key", "add", "--store", store, "--operator", "--json").out)
+    listed = json.loads(llamamem("key", "list", "--store", store, "--json").out)
+    documented = sections()
+    assert faults([added], documented["llamamem key add"]) == []
+    assert faults([listed], documented["llamamem key list"]) == []
