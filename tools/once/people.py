@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from entitled.fresh import NEAR_TIE
 from entitled.memory import Memory, differ, distance
 
 from llamamem.reference import language
-from once.ask import Answer, HungUp, Refused, Way, ask
+from once.ask import PATIENCE, Answer, HungUp, Refused, Way, ask
 from once.rules import Fresher, Known, Said, Talk, with_answer
 
 MOST = 300  # words of a conversation, which a slot holds with an answer
@@ -162,7 +163,11 @@ class Person:
     def given_up(self, id: str | None, talk: Talk, n: int) -> None:
         """The session is as before, or as after the whole answer. A change that changes nothing comes after it."""
         self.tally.did["given up"] += 1
-        reply = self.rng.choice(self.gateways).post(f"/v1/sessions/{self.name}/decay", json={"factor": 1.0}, timeout=60)
+        http, until = self.rng.choice(self.gateways), time.monotonic() + PATIENCE
+        reply = http.post(f"/v1/sessions/{self.name}/decay", json={"factor": 1.0}, timeout=PATIENCE)
+        while reply.status_code == 503 and time.monotonic() < until:  # its server is started again
+            time.sleep(0.1)
+            reply = http.post(f"/v1/sessions/{self.name}/decay", json={"factor": 1.0}, timeout=PATIENCE)
         if reply.status_code in (404, 409) and self.known.generation == 0:
             return
         if reply.status_code != 200:

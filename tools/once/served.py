@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -68,9 +69,12 @@ class Served:
         return next((child.pid for child in found if "llama-server" in child.name()), None)
 
     def kill_server(self) -> None:
-        """The gateway starts another one."""
+        """The gateway starts another one. Returns when it is gone: a request then meets none, and not one that dies."""
         if (pid := self.server_pid()) is not None:
             os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.01)
 
     def kill(self) -> None:
         """Both, in the middle of whatever they do: the kernel ends the server with the gateway."""
