@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_runs import Running, Serve, ServeDemo
+from server_runs import Running, Serve, ServeDemo, started
 
 from llamamem.formats.demo_files import demo_files
 from llamamem.native.build import Build, find_build
-from llamamem.serving.client import Client
-from llamamem.serving.process import launch
-from llamamem.serving.profiles import make_plan
 
 MODEL_A = Path(__file__).resolve().parents[1] / "data" / "model_a"
 
@@ -65,21 +62,3 @@ def serve_demo(build: Build, tmp_path: Path) -> Iterator[ServeDemo]:
     files = demo_files()
     with ExitStack() as stack:
         yield partial(started, stack, build, tmp_path, files.model, files.sidecar)
-
-
-def started(
-    stack: ExitStack,
-    build: Build,
-    tmp_path: Path,
-    model: Path,
-    sidecar: Path | None,
-    profile: str,
-    *extra: str,
-    **kwargs: Any,
-) -> Running:
-    own = {"port": 0, "ctx_size": 1024, "slot_dir": tmp_path, "bin_dir": Path(build.bin_dir)}
-    more = ["--threads", "1", *extra]
-    plan = make_plan(model, sidecar=sidecar, profile=profile, extra=more, environ={}, **{**own, **kwargs})
-    server = stack.enter_context(launch(plan, directory=tmp_path / "runs"))
-    server.wait_ready(stall_timeout=60)
-    return Running(server, stack.enter_context(Client(server.url, timeout=120)))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from llamamem.native.build import Build
 from llamamem.serving.client import Client
-from llamamem.serving.process import Server
+from llamamem.serving.process import Server, launch
+from llamamem.serving.profiles import make_plan
 
 TOKENS = range(263, 448)  # of model_a: neither special nor a single byte
 
@@ -25,6 +29,24 @@ class Running:
 
 Serve = Callable[..., Running]
 ServeDemo = Callable[..., Running]  # the same with the demo model, whose answers mean something
+
+
+def started(
+    stack: ExitStack,
+    build: Build,
+    tmp_path: Path,
+    model: Path,
+    sidecar: Path | None,
+    profile: str,
+    *extra: str,
+    **kwargs: Any,
+) -> Running:
+    own = {"port": 0, "ctx_size": 1024, "slot_dir": tmp_path, "bin_dir": Path(build.bin_dir)}
+    more = ["--threads", "1", *extra]
+    plan = make_plan(model, sidecar=sidecar, profile=profile, extra=more, environ={}, **{**own, **kwargs})
+    server = stack.enter_context(launch(plan, directory=tmp_path / "runs"))
+    server.wait_ready(stall_timeout=60)
+    return Running(server, stack.enter_context(Client(server.url, timeout=120)))
 
 
 def random_prompt(seed: int, n: int) -> list[int]:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import started
 from model_fixtures import unpack
-from server_runs import Running, generate, random_prompt
+from server_runs import Running, generate, random_prompt, started
 
 from llamamem.formats.sidecar.export import export_sidecar
 from llamamem.native.build import find_build
