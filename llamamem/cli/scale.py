@@ -60,7 +60,7 @@ def scale(
         str | None, typer.Option(help="A Ray cluster that runs; else one is started here, and ended.")
     ] = None,
 ) -> None:
-    """Serve a base GGUF with its memory by replicas behind one URL, until Ctrl-C. What follows -- goes to llama-server.
+    """Serve a base with its memory by replicas behind one URL, until Ctrl-C. What follows -- goes to llama-server.
 
     Requests with the header X-Session-Id go to one replica a session, by Ray's consistent-hash router; that one dead,
     others go on with the session from the store. configs/ray-serve.yaml is the same for a cluster, with autoscaling.
