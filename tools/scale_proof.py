@@ -1,8 +1,8 @@
 """Sessions on replicas that are killed again and again: no answer is wrong, and a session goes on where it ends up.
 
-    python tools/scale_proof.py --store /tmp/proof                     # three replicas of the demo under Ray
-    python tools/scale_proof.py --store /tmp/proof --front nginx       # three plain gateways behind configs/nginx.conf
-    python tools/scale_proof.py --store /tmp/proof --front litellm --litellm VENV/bin/litellm
+    python tools/scale_proof.py --store DIR                     # three replicas of the demo under Ray
+    python tools/scale_proof.py --store DIR --front nginx       # three plain gateways behind configs/nginx.conf
+    python tools/scale_proof.py --store DIR --front litellm --litellm VENV/bin/litellm
 
 First one session has a stream that is cut by the death of its replica, and is asked again. Then all sessions talk side
 by side while a replica is killed every few seconds. Each answer and each memory is held against those of a server of
