@@ -20,8 +20,12 @@ def private_directory(path: Path) -> None:
         path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
 
 
-def replace_private(path: Path, data: bytes) -> None:
-    """Writes beside the target, flushes and renames. The caller keeps other writers of this target away."""
+def replace_private(path: Path, data: bytes, *, flush_folder: bool = True) -> None:
+    """Writes beside the target, flushes and renames. The caller keeps other writers of this target away.
+
+    Without `flush_folder` the new name may be lost with the machine: until the next flush of the folder, which keeps
+    the order of what is renamed and linked in it.
+    """
     part = path.with_name(f".{path.name}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
@@ -39,7 +43,8 @@ def replace_private(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-    flush_directory(path.parent)
+    if flush_folder:
+        flush_directory(path.parent)
 
 
 def flush_directory(path: Path) -> None:

@@ -11,8 +11,8 @@
     removals                           as many bytes as sessions were removed
 
 A save writes the next state beside the old one. What commits it is the rename of the metadata: a crash before leaves
-the old session, a crash after leaves the new one; the state that is too many is swept by the session's next save. What
-is about one session or one page looks through one of the 256 folders or a few, never through all sessions.
+the old session, a crash after leaves the new one; the state that is too many is swept by the session's next save. The
+folder is flushed once, at the end: file systems keep the order in which names are changed in one folder. What is about one session or one page looks through one of the 256 folders or a few, never through all sessions.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ class DirectoryStore(Rows):
     def location(self) -> str:
         return str(self.path)
 
+    def close(self) -> None:
+        self._leases.close()
+
     @property
     def _place(self) -> Path:
         return self.path / layout.SESSIONS / layout.namespace_key(self.namespace)
@@ -106,8 +109,9 @@ class DirectoryStore(Rows):
                 with self._room_for(more):
                     if memories is not None:
                         for data, kind in zip(memories, ("state", "origin"), strict=True):
-                            if data is not None:
-                                replace_private(self._memory(key, session.generation, kind), data)
+                            if data is not None and not self._link(key, session, kind):
+                                file = self._memory(key, session.generation, kind)
+                                replace_private(file, data, flush_folder=False)
                     replace_private(self._json(key), text.encode())
                 if memories is not None:
                     self._sweep(key, session)
@@ -121,6 +125,19 @@ class DirectoryStore(Rows):
             return read_regular(self._json(key), _MAX_JSON) == expected.encode()
         except OSError:
             return False
+
+    def _link(self, key: str, session: Session, kind: str) -> bool:
+        """A memory that the generation before has, too, as the origin of most turns is, need not be written again."""
+        before, wanted = session.before, session.state_sha256 if kind == "state" else session.origin_sha256
+        if before is None or wanted not in (before.state_sha256, before.origin_sha256):
+            return False
+        known = "state" if wanted == before.state_sha256 else "origin"
+        source, target = (self._memory(key, *of) for of in ((before.generation, known), (session.generation, kind)))
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:  # a disk without links, or what a crash left
+            return False
+        return True
 
     def _delete(self, name: str, expected: str | None) -> bool:
         key = _key(name)

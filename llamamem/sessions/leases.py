@@ -21,11 +21,18 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS lease (name TEXT PRIMARY KEY, owner TEXT, 
 
 
 class Leases:
+    """Its connection is kept, for whichever thread has the turn, and opened anew where the file is another by now."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._turn = (
-            threading.Lock()
-        )  # SQLite lets who waits try again by chance: of a thousand threads some never get it
+        self._db: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None  # device and inode that it is open on
+        # SQLite lets who waits try again by chance: of a thousand threads some never get it
+        self._turn = threading.Lock()
+
+    def close(self) -> None:
+        with self._turn:
+            self._disconnect()
 
     def take(self, namespace: str, name: str, owner: str, seconds: float) -> float | None:
         """None: it is this owner's now; else for how many seconds it is another's."""
@@ -45,29 +52,60 @@ class Leases:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with self._turn, contextlib.closing(self._connect()) as db, db:
-                yield db
-        except sqlite3.Error as e:
-            raise Unreachable(
-                f"{self.path}: no lease can be taken ({e}); see to the disk and to who may write there"
-            ) from None
-
-    def _connect(self) -> sqlite3.Connection:
-        for last in (False, True):
-            self.path.touch(mode=0o600)
-            db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)
+        with self._turn:
             try:
-                db.execute("PRAGMA synchronous = OFF")
-                db.execute("BEGIN IMMEDIATE")
-                db.execute(_SCHEMA)
-                return db
+                with self._begun() as db:
+                    yield db
+            except sqlite3.Error as e:
+                self._disconnect()
+                raise Unreachable(
+                    f"{self.path}: no lease can be taken ({e}); see to the disk and to who may write there"
+                ) from None
+
+    def _begun(self) -> sqlite3.Connection:
+        """In a transaction, as the only one."""
+        for last in (False, True):
+            try:
+                if self._db is None or self._file != self._there():
+                    self._disconnect()
+                    self._db = self._connect()
+                self._db.execute("BEGIN IMMEDIATE")
+                return self._db
             except sqlite3.DatabaseError as e:
-                db.close()
+                self._disconnect()
                 if last or isinstance(e, sqlite3.OperationalError):
                     raise
-                self.path.unlink(missing_ok=True)  # the machine stopped within a change: there are no leases any more
+                for file in (self.path, *self._beside()):  # the machine stopped within a change: no lease is left
+                    file.unlink(missing_ok=True)
         raise AssertionError
+
+    def _connect(self) -> sqlite3.Connection:
+        self.path.touch(mode=0o600)
+        self._file = self._there()
+        db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("PRAGMA synchronous = OFF")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(_SCHEMA)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = self._file = None
+
+    def _there(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _beside(self) -> list[Path]:
+        return [self.path.with_name(self.path.name + end) for end in ("-wal", "-shm")]
 
 
 def _key(namespace: str, name: str) -> str:

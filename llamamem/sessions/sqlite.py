@@ -57,6 +57,9 @@ class SqliteStore(Rows):
     def location(self) -> str:
         return f"sqlite:{self.path}"
 
+    def close(self) -> None:
+        self._leases.close()
+
     def _get(self, name: str, *, before: bool = False) -> Row | None:
         columns = ("metadata", "state", "origin", *(("before", "before_origin") if before else ()))
         wanted = ", ".join(f"CAST({column} AS BLOB)" for column in columns)

@@ -20,6 +20,7 @@ import pytest
 from llamamem.errors import LlamamemError
 from llamamem.formats import private
 from llamamem.sessions import DirectoryStore, Memory, directory, layout
+from llamamem.sessions.session import Conversation
 
 MakeMemory = Callable[..., Memory]
 
@@ -84,7 +85,7 @@ class _Os:
         return getattr(os, name)
 
 
-SAVE_STEPS = ["open", "fsync", "replace", "fsync"] * 2 + ["unlink"] * 2
+SAVE_STEPS = ["open", "fsync", "replace"] * 2 + ["fsync"] + ["unlink"] * 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -96,7 +97,7 @@ def test_a_crash_in_a_save_leaves_a_whole_session(
     with pytest.raises(Killed), stopped_at(step, when, Killed()) as calls:
         place.save(saved, memory(2, 2))
     assert calls == SAVE_STEPS[: step + 1]
-    commit = SAVE_STEPS.index("replace", 4)
+    commit = SAVE_STEPS.index("replace", 3)
     committed = step > commit or (step == commit and when == "after")
     loaded, state = place.load("alice")
     assert (loaded.generation, state) == ((2, memory(2, 2).data) if committed else (1, memory(1, 1).data))
@@ -112,6 +113,25 @@ def test_the_steps_of_a_save_are_all_of_them(place: DirectoryStore, memory: Make
     with stopped_at(-1, "before", Killed()) as calls:
         place.save(saved, memory(2, 2))
     assert calls == SAVE_STEPS
+
+
+def test_what_a_conversation_began_on_is_written_once(
+    place: DirectoryStore, memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The origin of a turn is in a file already, but on a disk without links."""
+    turn = {"conversation": Conversation(), "origin": memory(1, 1).data}
+    first = place.save(place.create("alice"), memory(1, 1))
+    second = place.save(first, memory(2, 2), **turn)
+    with monkeypatch.context() as patch:
+        patch.setattr(directory.os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+        third = place.save(second, memory(3, 3), **turn)
+    place.save(third, memory(4, 4), **turn)
+    inodes = {name.name.partition("-")[2]: name.stat().st_ino for name in folder(place).glob("*-*")}
+    assert inodes["3.origin"] == inodes["4.origin"] != inodes["3.state"] and len(inodes) == 4
+    assert place.read("alice")[1:] == (memory(4, 4).data, memory(1, 1).data)
+    assert place.undo("alice").tokens == 3 and place.read("alice")[1:] == (memory(3, 3).data, memory(1, 1).data)
+    place.remove("alice")
+    assert files(place) == []
 
 
 @pytest.mark.parametrize("step", range(SAVE_STEPS.index("unlink")))
