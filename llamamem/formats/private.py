@@ -20,34 +20,38 @@ def private_directory(path: Path) -> None:
         path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
 
 
-def replace_private(path: Path, data: bytes, *, flush_folder: bool = True) -> None:
+def replace_private(path: str | Path, data: bytes, *, flush_folder: bool = True) -> None:
     """Writes beside the target, flushes and renames. The caller keeps other writers of this target away.
 
     Without `flush_folder` the new name may be lost with the machine: until the next flush of the folder, which keeps
     the order of what is renamed and linked in it.
     """
-    part = path.with_name(f".{path.name}.part")
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         try:
             fd = os.open(part, flags, 0o600)
         except FileExistsError:  # what a crash left, or a link that somebody laid there: nothing is written through it
-            part.unlink()
+            os.unlink(part)
             fd = os.open(part, flags, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(fd, left) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         os.replace(part, path)
     except OSError:
         with contextlib.suppress(OSError):
-            part.unlink()
+            os.unlink(part)
         raise
     if flush_folder:
-        flush_directory(path.parent)
+        flush_directory(folder or ".")
 
 
-def flush_directory(path: Path) -> None:
+def flush_directory(path: str | Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

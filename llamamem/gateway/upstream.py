@@ -34,6 +34,7 @@ class Upstream:
         self.forgotten = 0  # times
         self._key = [("Authorization", f"Bearer {key}")] if key else []
         self._served: Served | None = None
+        self._pace = wire.Pace()
 
     def moved(self, url: str) -> None:
         """Another process may serve other files."""
@@ -47,7 +48,7 @@ class Upstream:
         when nobody answers."""
         url = self.url + path + (f"?{query}" if query else "")
         try:
-            response = await wire.ask(method, url, headers=[*self._key, *headers], content=content)
+            response = await wire.ask(method, url, headers=[*self._key, *headers], content=content, pace=self._pace)
         except ConnectionError:
             self._served = None
             raise Refusal(

@@ -15,24 +15,42 @@ import httptools
 
 _HIGH = 256 << 10  # bytes of an answer that wait here; past that the server waits
 _CONNECT = 10.0  # seconds
+_PIECES = 500  # a second, of all answers together
+_LONGEST = 0.02  # seconds between two pieces of an answer, less than is seen
+_AT_ONCE = 4  # pieces of an answer that do not wait: its head and the first of it
 
 
 class Broken(Exception):
     """The answer ended before its end, or is none."""
 
 
+class Pace:
+    """The more answers come at once, the more of each is passed on at a time: else passing them on takes from the
+    server the time in which it makes them. A model with under 500 tokens a second, of one answer, is passed on token by
+    token; no answer rests for longer than is seen, and none at its end."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+
+    @property
+    def seconds(self) -> float:
+        """Between two pieces of an answer."""
+        return min(self.answers / _PIECES, _LONGEST)
+
+
 class Response(asyncio.Protocol):
     """An answer: `status` and `headers` once `ask` returned it, then its body, once."""
 
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes, pace: Pace) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self._request = request
+        self._pace = pace
         self._parser = httptools.HttpResponseParser(self)
         self._pieces: deque[bytes] = deque()
         self._waiting = 0  # bytes
         self._wake: asyncio.Future[None] | None = None
-        self._has_head = self._whole = self._lost = False
+        self._has_head = self._whole = self._lost = self._rests = False
         self._transport: asyncio.Transport | None = None
 
     @property
@@ -44,17 +62,27 @@ class Response(asyncio.Protocol):
             await self._next()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """As they come. Raises Broken."""
-        while True:
-            while self._pieces:
-                piece = self._pieces.popleft()
-                self._waiting -= len(piece)
-                if self._waiting <= _HIGH and self._transport is not None and not self._lost:
-                    self._transport.resume_reading()
-                yield piece
-            if self._whole:
-                return
-            await self._next()
+        """As they come, or what came meanwhile. Raises Broken."""
+        self._pace.answers += 1
+        try:
+            n = 0
+            while True:
+                if self._pieces:
+                    piece = b"".join(self._pieces)
+                    self._pieces.clear()
+                    if self._waiting > _HIGH:
+                        self._resume()
+                    self._waiting = 0
+                    yield piece
+                    n += 1
+                    if n >= _AT_ONCE and not (self._whole or self._lost) and (seconds := self._pace.seconds):
+                        await self._rest(seconds)
+                elif self._whole:
+                    return
+                else:
+                    await self._next()
+        finally:
+            self._pace.answers -= 1
 
     async def read(self) -> bytes:
         return b"".join([piece async for piece in self.pieces()])
@@ -63,6 +91,21 @@ class Response(asyncio.Protocol):
         """Hangs up: the server ends what it is at."""
         if self._transport is not None:
             self._transport.abort()
+
+    async def _rest(self, seconds: float) -> None:
+        """Until so much time is over, or the answer is."""
+        loop = asyncio.get_running_loop()
+        self._wake, self._rests = loop.create_future(), True
+        timer = loop.call_later(seconds, self._woken)
+        try:
+            await self._wake
+        finally:
+            timer.cancel()
+            self._wake, self._rests = None, False
+
+    def _resume(self) -> None:
+        if self._transport is not None and not self._lost:
+            self._transport.resume_reading()
 
     async def _next(self) -> None:
         if self._lost and not self._whole:
@@ -88,7 +131,8 @@ class Response(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self.close()
-        self._woken()
+        if not self._rests or self._whole:
+            self._woken()
 
     def connection_lost(self, exc: Exception | None) -> None:
         framed = {b"content-length", b"transfer-encoding"} & {name for name, _ in self.headers}
@@ -119,7 +163,12 @@ class Response(asyncio.Protocol):
 
 
 async def ask(
-    method: str, url: str, *, headers: Iterable[tuple[str, str]] = (), content: bytes | None = None
+    method: str,
+    url: str,
+    *,
+    headers: Iterable[tuple[str, str]] = (),
+    content: bytes | None = None,
+    pace: Pace | None = None,
 ) -> Response:
     """The answer, as soon as its head is there. Raises ConnectionError when nobody listens, Broken."""
     parts = urlsplit(url)
@@ -134,8 +183,9 @@ async def ask(
     request = head.encode("latin-1") + b"\r\n\r\n" + (content or b"")
     loop = asyncio.get_running_loop()
     try:
-        connected = loop.create_connection(lambda: Response(request), parts.hostname or "", parts.port or 80)
-        _, response = await asyncio.wait_for(connected, _CONNECT)
+        response = Response(request, pace or Pace())
+        connected = loop.create_connection(lambda: response, parts.hostname or "", parts.port or 80)
+        await asyncio.wait_for(connected, _CONNECT)
     except asyncio.TimeoutError:
         raise ConnectionError from None
     except OSError as e:

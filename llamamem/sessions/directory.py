@@ -12,7 +12,10 @@
 
 A save writes the next state beside the old one. What commits it is the rename of the metadata: a crash before leaves
 the old session, a crash after leaves the new one; the state that is too many is swept by the session's next save. The
-folder is flushed once, at the end: file systems keep the order in which names are changed in one folder. What is about one session or one page looks through one of the 256 folders or a few, never through all sessions.
+folder is flushed once, at the end: file systems keep the order in which names are changed in one folder.
+
+What is about one session or one page looks through one of the 256 folders or a few, never through all sessions. A
+session is read without a lock: its memories are of one version of its metadata, and stay when that is replaced.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ _FILE = re.compile(r"(?P<part>\.)?(?P<key>[0-9a-f]{64})(\.json|-(?P<generation>[
 _FOLDER = re.compile(r"[0-9a-f]{2}")
 _MAX_JSON = 1 << 20  # bytes of metadata, which has some hundred
 _LOCK_TIMEOUT = 60.0  # seconds; a change takes milliseconds
+_LOCK_POLL = 0.005  # likewise
 _LEFT = 60.0  # seconds, after which a half-written file is one that a killed process left
 _SETTLED = 0.1  # seconds, after which a folder that changes has another time of change
 
@@ -68,14 +72,20 @@ class DirectoryStore(Rows):
         self._leases.close()
 
     @property
-    def _place(self) -> Path:
-        return self.path / layout.SESSIONS / layout.namespace_key(self.namespace)
+    def _place(self) -> str:
+        return layout.place(self.path, self.namespace)
 
     def _get(self, name: str, *, before: bool = False) -> Row | None:
         key = _key(name)
         with self._reported():
+            layout.check(self.path)
+            with contextlib.suppress(Damaged):
+                seen = self._stamp(key)
+                row = self._read(key, before)
+                if self._stamp(key) == seen:
+                    return row
             try:
-                with self._locked(key):
+                with self._locked(key):  # not in the middle of a change
                     return self._read(key, before)
             except filelock.Timeout:
                 raise
@@ -103,9 +113,9 @@ class DirectoryStore(Rows):
             with self._locked(key):
                 if not self._is(key, expected, session):
                     return self._is(key, text, session)
-                folder = self._json(key).parent
-                if not folder.exists():
-                    _private_folders(folder, self.path)
+                folder = self._folder(key)
+                if not os.path.isdir(folder):
+                    _private_folders(Path(folder), self.path)
                 with self._room_for(more):
                     if memories is not None:
                         for data, kind in zip(memories, ("state", "origin"), strict=True):
@@ -147,7 +157,7 @@ class DirectoryStore(Rows):
             found = self._files(key, parts=True)
             if all(file.startswith(".") for file in found):
                 return False
-            folder = self._json(key).parent
+            folder = Path(self._folder(key))
             for file in sorted(found, key=lambda file: file.endswith(".json")):  # last what says whose it was
                 (folder / file).unlink(missing_ok=True)
             self._sweep_parts(folder)
@@ -158,7 +168,7 @@ class DirectoryStore(Rows):
         return True
 
     def _page(self, after: str, limit: int) -> list[Entry]:
-        begun = Path(after).stem if after.endswith(".json") and self._json(Path(after).stem) == Path(after) else ""
+        begun = Path(after).stem if after.endswith(".json") and self._json(Path(after).stem) == after else ""
         begun = begun or (_key(after) if after else "")
         entries: list[Entry] = []
         with self._reported():
@@ -216,9 +226,10 @@ class DirectoryStore(Rows):
         return removed
 
     def _take(self, name: str, owner: str, seconds: float) -> float | None:
-        with self._reported():
-            private_directory(self.path)
-            self._lock_folder()
+        if not os.path.isdir(f"{self.path}/locks"):
+            with self._reported():
+                private_directory(self.path)
+                self._lock_folder()
         return self._leases.take(self.namespace, name, owner, seconds)
 
     def _let_go(self, name: str, owner: str) -> None:
@@ -269,13 +280,13 @@ class DirectoryStore(Rows):
 
     def _look(self, key: str) -> Entry | None:
         """None: it is gone by now."""
-        label, session = str(self._json(key)), None
+        label, session = self._json(key), None
         try:
             session = self._metadata(key)[1]
             check_lengths(session, self._length(key, session, "state"), self._length(key, session, "origin"))
             return Entry(session.name, session)
         except Damaged as e:
-            if session is None and not self._json(key).exists() and not self._files(key):
+            if session is None and not os.path.exists(self._json(key)) and not self._files(key):
                 return None
             return Entry(label if session is None else session.name, session, str(e))
 
@@ -310,7 +321,7 @@ class DirectoryStore(Rows):
         if (session.state_sha256 if kind == "state" else session.origin_sha256) is None:
             return None
         try:
-            found = self._memory(key, session.generation, kind).stat()
+            found = os.stat(self._memory(key, session.generation, kind))
         except OSError:
             raise Damaged(MISSING) from None
         if not stat.S_ISREG(found.st_mode):
@@ -322,7 +333,7 @@ class DirectoryStore(Rows):
         for number in range(max(0, session.generation - 3), session.generation - 1):
             for kind in ("state", "origin"):
                 with contextlib.suppress(OSError):
-                    self._memory(key, number, kind).unlink(missing_ok=True)
+                    os.unlink(self._memory(key, number, kind))
 
     def _sweep_parts(self, folder: Path) -> None:
         """What killed processes left of files that they were writing."""
@@ -337,7 +348,7 @@ class DirectoryStore(Rows):
         with contextlib.suppress(FileNotFoundError):
             for name in sorted(os.listdir(self._place)):
                 if _FOLDER.fullmatch(name) and name >= start:
-                    yield self._place / name
+                    yield Path(self._place, name)
 
     def _keys_after(self, after: str) -> Iterator[str]:
         for folder in self._folders(after[:2]):
@@ -347,22 +358,35 @@ class DirectoryStore(Rows):
 
     def _files(self, key: str, *, parts: bool = False) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
-            matches = filter(None, map(_FILE.fullmatch, os.listdir(self._json(key).parent)))
+            matches = filter(None, map(_FILE.fullmatch, os.listdir(self._folder(key))))
             return [match[0] for match in matches if match["key"] == key and (parts or not match["part"])]
         return []
 
-    def _json(self, key: str) -> Path:
-        return self._place / key[:2] / f"{key}.json"
+    # paths are text: those of pathlib take a third of a turn's time
 
-    def _memory(self, key: str, generation: int, kind: str) -> Path:
-        return self._place / key[:2] / f"{key}-{generation}.{kind}"
+    def _folder(self, key: str) -> str:
+        return f"{self._place}/{key[:2]}"
+
+    def _json(self, key: str) -> str:
+        return f"{self._place}/{key[:2]}/{key}.json"
+
+    def _memory(self, key: str, generation: int, kind: str) -> str:
+        return f"{self._place}/{key[:2]}/{key}-{generation}.{kind}"
+
+    def _stamp(self, key: str) -> tuple[int, int] | None:
+        """Tells one version of the metadata from others."""
+        try:
+            found = os.stat(self._json(key))
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         # Locks are shared by the sessions whose keys start alike. They are never removed: a lock file that is removed
         # while another process waits for it would be held twice.
         layout.check(self.path)
-        with self._lock(key[:2]) if self.path.exists() else contextlib.nullcontext():
+        with self._lock(key[:2]) if os.path.exists(self.path) else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager
@@ -380,7 +404,9 @@ class DirectoryStore(Rows):
         return folder
 
     def _lock(self, name: str) -> filelock.BaseFileLock:
-        return filelock.FileLock(self._lock_folder() / f"{name}.lock", timeout=_LOCK_TIMEOUT)
+        if not os.path.isdir(f"{self.path}/locks"):
+            self._lock_folder()
+        return filelock.FileLock(f"{self.path}/locks/{name}.lock", timeout=_LOCK_TIMEOUT, poll_interval=_LOCK_POLL)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -22,9 +23,15 @@ def namespace_key(namespace: str) -> str:
     return hashlib.sha256(namespace.encode()).hexdigest()[:32]
 
 
+@functools.lru_cache(maxsize=4096)
+def place(root: Path, namespace: str) -> str:
+    """The folder with the sessions of a namespace."""
+    return f"{root}/{SESSIONS}/{namespace_key(namespace)}"
+
+
 def check(root: Path) -> None:
     """Sees that a store of an older version is moved before it is used. It takes one look where there is none."""
-    if (root / SESSIONS).exists() or not root.is_dir():
+    if os.path.exists(f"{root}/{SESSIONS}") or not root.is_dir():
         return
     names = os.listdir(root)
     if _PART not in names and not any(map(_OLD.fullmatch, names)):

@@ -7,6 +7,7 @@ is set changes; what was leased before it started last is free. Names are hashed
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import sqlite3
 import threading
@@ -112,6 +113,7 @@ def _key(namespace: str, name: str) -> str:
     return hashlib.sha256(f"{len(namespace)}:{namespace}{name}".encode()).hexdigest()
 
 
+@functools.cache
 def _start() -> str:
     """Tells this start of the machine from others."""
     try:

@@ -162,7 +162,7 @@ def undone(found: Session, location: str) -> Session:
 
 
 def _succeeded(found: Session, saved: Generation, time: datetime) -> Session:
-    before = Generation.model_validate(found.model_dump(include=set(Generation.model_fields)))
+    before = Generation.model_construct(**{name: getattr(found, name) for name in Generation.model_fields})
     return found.model_copy(update={**dict(saved), "used": time, "before": before})
 
 

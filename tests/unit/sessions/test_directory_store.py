@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,17 @@ def stopped_at(step: int, when: str, stop: BaseException) -> Iterator[list[str]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(private, "os", _Os({n: wrap(n, getattr(os, n)) for n in ("open", "replace", "fsync")}))
         patch.setattr(Path, "unlink", wrap("unlink", Path.unlink))
+        patch.setattr(directory, "os", _Os({"unlink": wrap("unlink", unlink)}))
         yield calls
 
 
+def unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 class _Os:
-    """The module, as private.py alone sees it, with some functions replaced."""
+    """The module, as one other alone sees it, with some functions replaced."""
 
     def __init__(self, replaced: dict[str, Any]) -> None:
         self.__dict__.update(replaced)

@@ -416,7 +416,7 @@ def test_a_store_that_cannot_be_written_can_be_resumed_from(
         sessions.start("alice")
         sessions.turn("alice", "hello")
 
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("llamamem.sessions.directory.replace_private", full)
