@@ -53,8 +53,8 @@ class Attached:
     """The memories of a model: layers, and their state, which goes on with every forward pass.
 
     `frozen`: it is read and not written to. `scale`: a factor of the deltas, 0 is the base. `norms`: when a list, each
-    pass appends the L2 norms of its deltas, {layer: {head: [B, T]}}. `needs_all`: a pass must be asked for the logits of
-    all tokens, since a layer with a memory has no others: of Gemma 4 those that share the keys of an earlier one.
+    pass appends the L2 norms of its deltas, {layer: {head: [B, T]}}. `needs_all`: a pass must be asked for the logits
+    of all tokens, since a layer with a memory has no others: one of Gemma 4 that shares the keys of an earlier one.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter):

@@ -1,4 +1,4 @@
-"""The runtime against PyTorch on what no recorded fixture has: gates a head, a trained scale, a norm of o, all updates."""
+"""The runtime against PyTorch on what no recorded fixture has: gates a head, a trained scale, o normed, all updates."""
 
 from __future__ import annotations
 
