@@ -3,9 +3,10 @@
     python tools/make_tiny_model.py starcoder2 FOLDER --set sliding_window=null
 
 FOLDER gets all that a whole-model fixture has but the logits: the base in Hugging Face's form (config, tokenizer of the
-fixtures, weights in F32), the same as model-f32.gguf, and a checkpoint with deltas of q, k, v and o in every layer. No
-weight is as transformers begins with it: norms are not 1 and biases not 0, or one that is left out would not show.
-tools/make_fixture.py goes on from there. Needs llamamem[reference], and the tree that `llamamem build` makes.
+fixtures, weights in F32), the same as model-f32.gguf, and a checkpoint with deltas of q, k, v and o in every layer that
+attends. No weight is as transformers begins with it: norms are not 1 and biases not 0, or one that is left out would
+not show. tools/make_fixture.py goes on from there. Needs llamamem[reference], and the tree that `llamamem build`
+makes.
 """
 
 from __future__ import annotations
@@ -108,9 +109,10 @@ def write_adapter(folder: Path, gguf: Path, kind: str, seed: int) -> None:
     base = read_base(gguf)
     widths = {}
     for layer in base.layers:
-        if layer.k_out is None or layer.v_out is None:
-            raise LlamamemError(f"layer {layer.layer} of {base.arch} has no keys and values of its own")
-        widths[layer.layer] = (layer.q_out, layer.k_out, layer.v_out, layer.o_out)
+        if layer.k_out is not None and layer.v_out is not None:
+            widths[layer.layer] = (layer.q_out, layer.k_out, layer.v_out, layer.o_out)
+    if not widths:
+        raise LlamamemError(f"no layer of {base.arch} has keys and values of its own")
     heads = ("q", "k", "v", "o")
     memory = Memory(base.name, base.hidden, widths, chunk=_CHUNK, delta_heads=heads, kind=kind, prefix="model.layers.")
     with tempfile.TemporaryDirectory() as made:
