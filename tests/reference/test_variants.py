@@ -26,7 +26,9 @@ from llamamem.proof.model_fixtures import check_model_fixture
 MODEL_A = Path(__file__).parents[1] / "data" / "model_a"
 BASES = ("qwen3_delta", "smollm3_delta", "gemma3_rwkv_ms", "llama_rwkv_ms", "model_a")  # whose bases are taken
 N_VARIANTS = 12
-STATES = 2e-5  # where nothing is forgotten values grow, and their rounding with them
+# Rounding of texts drawn at random, the base's own included, and of states in which nothing is forgotten; of 60 seeds
+# the furthest were 1.2e-4 and 3.3e-5. Whatever is left out or done otherwise is a hundred times as much.
+LOGITS_BOUND, STATES_BOUND = 3e-4, 1e-4
 
 
 def drawn(kind: str, base: BaseModel, rng: random.Random) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def tensors_of(kind: str, base: BaseModel, config: dict[str, Any], seed: int) ->
     width = config["rank"] * config["num_state_heads"]
     gates = width if config["rankwise_gates"] else config["num_state_heads"]
     prefix = SOURCE_PREFIX if base.arch == "gemma4" else "model.layers."
+    spread = 1.0 if config.get("normalize_qk", True) else 0.35  # longer keys as they are let a state grow without end
     found = []
 
     def add(name: str, shape: tuple[int, ...], mean: float, std: float) -> None:
@@ -81,14 +84,15 @@ def tensors_of(kind: str, base: BaseModel, config: dict[str, Any], seed: int) ->
             continue
         attn = f"{prefix}{layer.layer}.self_attn."
         for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
-            add(attn + name, (width, hidden), 0.0, (1.0 if config.get("normalize_qk", True) else 0.5) / hidden**0.5)
+            add(attn + name, (width, hidden), 0.0, spread / hidden**0.5)
         for name, bias in (("beta", -1.5), ("lambda", 1.5)):
             if name == "beta" or not config["couple_lambda"]:
                 add(f"{attn}{name}_proj", (gates, hidden), 0.0, 1 / hidden**0.5)
                 add(f"{attn}{name}_bias", (gates,), bias, 0.6)
         for head, out in zip("qkvo", (layer.q_out, layer.k_out, layer.v_out, layer.o_out), strict=True):
             if out is not None:
-                add(f"{attn}delta_{head}_proj", (out, width), 0.0, 0.05 if head in config["delta_heads"] else 0.0)
+                in_use = head in config["delta_heads"]
+                add(f"{attn}delta_{head}_proj", (out, width), 0.0, 0.05 / spread if in_use else 0.0)
         if config.get("trainable_delta_scale"):
             add(attn + "delta_scale_raw", (4 if config["delta_scale_granularity"] == "head" else 1,), 0.0, 1.0)
         if config.get("delta_o_rmsnorm"):
@@ -114,5 +118,5 @@ def test_the_runtime_is_as_pytorch(models: dict[str, Path], seed: int, tmp_path:
     for file in (tmp_path / "made").iterdir():
         shutil.copy(file, tmp_path)
     np.savez_compressed(tmp_path / LOGITS, **arrays_of(tmp_path, seed))
-    reports = check_model_fixture(tmp_path, "native", atol_states=STATES)
+    reports = check_model_fixture(tmp_path, "native", atol=LOGITS_BOUND, atol_states=STATES_BOUND)
     assert reports and not [report for report in reports if not report.ok], config
