@@ -192,6 +192,7 @@ async def ask(
         raise ConnectionError from e
     try:
         await response.head()
+        response._whole = response._whole or method == "HEAD"  # which has no body
     except BaseException:
         response.close()
         raise
