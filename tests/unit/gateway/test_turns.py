@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import threading
 import time
 from typing import Any
@@ -15,6 +17,7 @@ from fronts import Front, MakeFront
 from memory_store import MemoryStore
 
 from llamamem.formats.state import State, decode_state, encode_state, origin_sha256
+from llamamem.gateway import wire
 from llamamem.gateway.routes import Kind, asked
 from llamamem.sessions.session import Memory, new_session
 from llamamem.sessions.store import Unreachable
@@ -349,6 +352,24 @@ def test_a_server_that_dies_in_a_stream_ends_it_with_an_error(front: Front, rout
     *_, event = [line for line in answer.text.splitlines() if line.startswith("data:")]
     assert json.loads(event[5:])["error"]["code"] == "server-gone" and "DONE" not in answer.text
     assert front.memory() == memory
+
+
+def test_who_hangs_up_while_the_server_is_connected_to_is_not_forgotten() -> None:
+    """At whatever step of it; nobody answers here."""
+
+    async def cancelled_after(steps: int, url: str) -> bool:
+        asking = asyncio.ensure_future(wire.ask("GET", url))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait((asking,), timeout=0.2)
+        return asking.cancelled()
+
+    async def all_steps(url: str) -> list[bool]:
+        return [await cancelled_after(steps, url) for steps in range(1, 20)]
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert all(asyncio.run(all_steps(f"http://127.0.0.1:{listener.getsockname()[1]}/")))
 
 
 def test_a_server_that_dies_before_its_answer_is_a_502(front: Front) -> None:
