@@ -183,9 +183,7 @@ async def ask(
     request = head.encode("latin-1") + b"\r\n\r\n" + (content or b"")
     loop = asyncio.get_running_loop()
     response = Response(request, pace or Pace())
-    connected = asyncio.ensure_future(
-        loop.create_connection(lambda: response, parts.hostname or "", parts.port or 80)
-    )
+    connected = asyncio.ensure_future(loop.create_connection(lambda: response, parts.hostname or "", parts.port or 80))
     connected.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody waits any more
     try:
         # wait_for of Python 3.11 forgets that it was cancelled when the connection is there in the same moment

@@ -39,7 +39,9 @@ def check(root: Path) -> None:
     names = os.listdir(root) if root.is_dir() else []
     if _PART not in names and not any(map(_OLD.fullmatch, names)):
         if root in _seen:
-            raise Unreachable(f"{root}: had sessions, and is empty or gone; see to the disk, or start anew without them")
+            raise Unreachable(
+                f"{root}: had sessions, and is empty or gone; see to the disk, or start anew without them"
+            )
         return
     try:
         with filelock.FileLock(_lock(root), timeout=600):
