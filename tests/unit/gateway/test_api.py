@@ -55,7 +55,7 @@ def test_sessions_are_listed_in_pages(front: Front) -> None:
             break
         after = f"&after={quote(page['after'])}"
     assert seen == names
-    for limit in ("0", "1001", "x", "-1"):
+    for limit in ("0", "1001", "x", "-1", "1" * 5000, "%C2%B2"):
         assert front.http.get(f"/v1/sessions?limit={limit}").status_code == 400
 
 
