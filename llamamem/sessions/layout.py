@@ -33,12 +33,13 @@ def place(root: Path, namespace: str) -> str:
 def check(root: Path) -> None:
     """Sees that a store of an older version is moved before it is used, and that one that goes away is not begun anew.
     It takes one look where there is nothing to do."""
+    had = root in _seen  # another thread may begin it from here on
     if os.path.exists(f"{root}/{SESSIONS}"):
         _seen.add(root)
         return
     names = os.listdir(root) if root.is_dir() else []
     if _PART not in names and not any(map(_OLD.fullmatch, names)):
-        if root in _seen:
+        if had:
             raise Unreachable(
                 f"{root}: had sessions, and is empty or gone; see to the disk, or start anew without them"
             )
