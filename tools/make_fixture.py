@@ -26,10 +26,13 @@ LENGTHS = (71, 101)  # tokens
 def arrays_of(folder: Path, seed: int) -> dict[str, np.ndarray]:
     """The arrays of logits.npz."""
     require_torch("make_fixture")
+    import torch
+
     from llamamem.reference.attach import attach
     from llamamem.reference.base import load_base
     from llamamem.reference.conversation import Conversation
 
+    torch.set_num_threads(1)  # small tensors are slower on several, by far beside other work
     base = load_base(folder, weights=None if any(folder.glob("*.safetensors")) else next(folder.glob("model*.gguf")))
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, base.vocabulary, n).tolist() for n in LENGTHS]

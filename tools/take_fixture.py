@@ -39,6 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     for fixture in args.fixtures:
         take(fixture, args.output / fixture.name)
+        print(args.output / fixture.name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from llamamem.cli.sidecar import Rows
 from llamamem.proof.fixtures import FixtureReport, check_fixtures
 from llamamem.proof.model_fixtures import LOGITS, STATES, CaseReport, check_model_fixture
 
@@ -51,6 +52,9 @@ def check(
     atol_states: Annotated[
         float, typer.Option(min=0.0, help="The same of the memory's values, of a whole model.")
     ] = STATES,
+    row_order: Annotated[
+        Rows | None, typer.Option(help="As of `sidecar export`, for whole models of an architecture that it asks of.")
+    ] = None,
     bin_dir: Annotated[Path | None, typer.Option(help="A build made elsewhere, for whole models.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
 ) -> None:
@@ -77,6 +81,7 @@ def check(
             name,
             atol=LOGITS if atol is None else atol,
             atol_states=atol_states,
+            row_order=row_order.value if row_order else None,
             bin_dir=bin_dir,
             show=(lambda case: None) if as_json else show_case,
         )

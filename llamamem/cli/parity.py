@@ -76,7 +76,7 @@ def parity(
         raise LlamamemError("--states compares the memory's states: it needs --sidecar")
     expected = None if states is None else load_states(states, states_prefix)
     library = load_library(exact_gelu=exact_gelu, bin_dir=bin_dir)
-    with Model.open(model, sidecar, gpu_layers=gpu_layers) as opened:
+    with Model.open(model, sidecar, gpu_layers=gpu_layers, untested=True) as opened:
         result = measure_parity(
             opened, id_array, logit_array, n_ubatch=ubatch, kv=kv.value, threads=threads, states=expected
         )

@@ -94,7 +94,7 @@ def read_fixture(path: str | Path) -> LayerFixture:
     n_tok = _token_count(path, arrays, "h" if weights else "r", n_seq, rules["hidden"] if weights else width)
     shaped = _Shaper(path, n_seq, n_tok)
     rows = arrays.get("delta_tokens", np.arange(n_tok)).astype(np.int64).reshape(-1)
-    if rows.size and (rows.min() < 0 or rows.max() >= n_tok):
+    if rows.size and (np.min(rows) < 0 or np.max(rows) >= n_tok):
         raise LlamamemError(f"{path}: array 'delta_tokens' names a token outside 0..{n_tok - 1}")
 
     state = shaped.final("S0", S0, (heads, states, rank, rank))

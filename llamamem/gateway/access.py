@@ -8,7 +8,6 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from llamamem.errors import LlamamemError
 from llamamem.gateway.errors import Refusal
@@ -16,6 +15,7 @@ from llamamem.sessions.session import now
 from llamamem.sessions.store import Key
 
 _KEY = re.compile(r"llamamem_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+_BEARER = re.compile(r"\s*bearer(\s+|$)", re.IGNORECASE)
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _NOBODY = "0" * 64
@@ -67,8 +67,9 @@ class Access:
         """Raises Refusal (401) without a key that is known."""
         if not self._needed:
             return ANYBODY
-        given = (headers.get("authorization") or headers.get("x-api-key") or [b""])[0].decode("latin-1")
-        match = _KEY.fullmatch(given.removeprefix("Bearer ").strip())
+        given = [*headers.get("authorization", []), *headers.get("x-api-key", [])]
+        keys = [_BEARER.sub("", value.decode("latin-1")).strip() for value in given]
+        match = _KEY.fullmatch(next(filter(None, keys), ""))
         id, secret = (match[1], match[2]) if match else ("", "")
         key = self._keys.get(id)
         # hashes are compared in constant time; one is compared for a key that is not there, too
@@ -87,7 +88,7 @@ class Access:
         if origin and origin in self.origins:
             return origin
         # a page of this gateway's own has its origin
-        if origin and urlsplit(origin).netloc != host:
+        if origin and origin.partition("://")[2] != host:
             raise Refusal(403, "pages of other sites may not ask; --cors-origin names those that may", "origin")
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, unquote_to_bytes
@@ -53,10 +54,10 @@ class Api:
 
     async def answer(self, exchange: Exchange, namespace: str) -> None:
         name, action = _parts(exchange.raw_path)
-        exchange.fields |= {"route": "/v1/sessions" + ("" if name is None else "/NAME") + (action and f"/{action}")}
         calls: Mapping[str, _CallOf] = self._calls(action) if name is not None else {"GET": self._list}
-        if not calls:
+        if not calls:  # and what is there may be half a name, which no log shows
             raise Refusal(404, f"sessions have no {action!r}")
+        exchange.fields |= {"route": "/v1/sessions" + ("" if name is None else "/NAME") + (action and f"/{action}")}
         call = calls.get(exchange.method)
         if call is None:
             raise Refusal(405, f"this takes {' or '.join(calls)}")
@@ -81,7 +82,7 @@ class Api:
     async def _list(self, exchange: Exchange, namespace: str, _: str) -> None:
         asked = parse_qs(exchange.query.decode("latin-1"), encoding="utf-8")
         limit, after = asked.get("limit", [str(_PAGE)])[0], next(iter(asked.get("after", [])), None)
-        if not limit.isdigit() or not 1 <= int(limit) <= _MOST:
+        if not re.fullmatch("[0-9]{1,9}", limit) or not 1 <= int(limit) <= _MOST:
             raise Refusal(400, f"limit: give a number from 1 to {_MOST}")
         store = self._sessions.store.within(namespace)
         found = await self._sessions.run("list", lambda: store.entries(after=after, limit=int(limit) + 1))

@@ -126,7 +126,10 @@ class Gateway:
             await self._props(exchange)
         elif caller.operator or route in PLAIN:
             exchange.fields["route"] = path.path if route in PLAIN else "other"
-            await self._pass(exchange, path.path, await exchange.body())
+            # what is no JSON the server would quote in its log; sound is none
+            is_json = exchange.method == "POST" and route in PLAIN and not path.path.endswith("/transcriptions")
+            content = json.dumps(await exchange.json_body()).encode() if is_json else await exchange.body()
+            await self._pass(exchange, path.path, content)
         else:
             raise Refusal(403, "this is for operators: `llamamem key add --operator` makes a key for it", "operator")
 

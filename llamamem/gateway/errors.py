@@ -64,4 +64,6 @@ def refusal_of(error: LlamamemError) -> Refusal:
         return Refusal(409, str(error), reason)
     if reason.startswith("state-"):
         return Refusal(400, str(error), reason)
-    return Refusal(500, "the session cannot be used; the log says why", reason or "session-damaged")
+    return Refusal(
+        500, "the session cannot be used; `llamamem session list --verify` says why", reason or "session-damaged"
+    )

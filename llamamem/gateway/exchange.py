@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any
 
@@ -58,7 +59,9 @@ class Exchange:
         """The object in the body; Refusal for anything else."""
         data = await self.body()
         try:
-            value = json.loads(data)
+            value = json.loads(data.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
+            if b"\\u" in data:
+                json.dumps(value, ensure_ascii=False).encode()  # fails for half a pair of surrogates, which is no text
         except (ValueError, RecursionError):  # the reason would have a piece of the text in it
             raise Refusal(400, "the body is not JSON") from None
         if not isinstance(value, dict):
@@ -105,6 +108,14 @@ class Exchange:
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"the body has more than the {self._max_body} bytes that are allowed")
+
+
+def _finite(text: str) -> float:
+    """Of a number, or of what Python takes for one and JSON does not know."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 async def while_there(exchange: Exchange, work: Coroutine[Any, Any, None]) -> bool:

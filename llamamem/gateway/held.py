@@ -25,12 +25,15 @@ _THREADS = 16
 class Held:
     """A session that is this request's until the block ends. `record` is None as long as there is none."""
 
-    def __init__(self, sessions: HeldSessions, store: SessionStore, name: str, record: Record | None) -> None:
+    def __init__(
+        self, sessions: HeldSessions, store: SessionStore, name: str, record: Record | None, renewal: asyncio.Task[None]
+    ) -> None:
         self.name = name
         self.record = record
         self.store = store
         self.released = False
         self._sessions = sessions
+        self._renewal = renewal
 
     @property
     def session(self) -> Session | None:
@@ -48,6 +51,7 @@ class Held:
             self._sessions.release(self.store, self.name)  # in the same thread: another switch would cost as much
             return saved
 
+        await _ended(self._renewal)
         saved = await _through(self._sessions.run("save", save))
         self.released = True
         self.record = Record(saved, memory.data, origin)
@@ -84,13 +88,11 @@ class HeldSessions:
             store = self.store.within(namespace)
             record = await self._take(store, name)
             renewal = asyncio.ensure_future(self._renew(store, name))
-            held = Held(self, store, name, record)
+            held = Held(self, store, name, record, renewal)
             try:
                 yield held
             finally:
-                renewal.cancel()
-                if not held.released:
-                    await _through(self._release(store, name))
+                await _through(self._give_back(held, renewal))
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
@@ -120,11 +122,16 @@ class HeldSessions:
         while True:
             await asyncio.sleep(self._lease / 3)
             with contextlib.suppress(LlamamemError):  # whoever has it by now, the save tells
-                await self.run("lease", lambda: store.lease(name, self.owner, self._lease))
+                await _through(self.run("lease", lambda: store.lease(name, self.owner, self._lease)))
 
     def release(self, store: SessionStore, name: str) -> None:
         with contextlib.suppress(LlamamemError):  # it runs out by itself
             store.release(name, self.owner)
+
+    async def _give_back(self, held: Held, renewal: asyncio.Task[None]) -> None:
+        await _ended(renewal)
+        if not held.released:
+            await self._release(held.store, held.name)
 
     async def _release(self, store: SessionStore, name: str) -> None:
         await self.run("release", lambda: self.release(store, name))
@@ -142,6 +149,12 @@ class HeldSessions:
             self._locks[key] = (lock, waiting - 1)
             if waiting == 1:
                 del self._locks[key]
+
+
+async def _ended(renewal: asyncio.Task[None]) -> None:
+    """No renewal is under way any more: it would take the lease again after it was given back."""
+    renewal.cancel()
+    await asyncio.wait((renewal,))
 
 
 async def _through(work: Coroutine[Any, Any, T]) -> T:

@@ -57,6 +57,8 @@ def asked(kind: Kind, body: Mapping[str, Any]) -> Asked:
     """What a request says. One that cannot be is left to the server to refuse."""
     if kind in ("completion", "completions"):
         prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1:  # the same to the server
+            prompt = prompt[0]
         return Asked(prompt=prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
     if kind == "infill":
         said = {name: body.get(name) for name in ("input_extra", "prompt", "input_prefix", "input_suffix")}
@@ -178,7 +180,8 @@ def _read(turn: Mapping[str, Any]) -> Iterator[Message]:
         yield Message("tool", message_hash("", [turn.get("output")]))
     elif role in ("user", "assistant", "tool", "function"):
         texts, parts, calls = _content(turn.get("content"))
-        for call in turn.get("tool_calls") or []:
+        made = turn.get("tool_calls")
+        for call in made if isinstance(made, list) else []:
             function = call.get("function") if isinstance(call, dict) else None
             if isinstance(function, dict):
                 calls.append((str(function.get("name")), _arguments(function.get("arguments"))))
@@ -197,7 +200,7 @@ def _content(content: Any) -> tuple[list[str], list[Any], list[tuple[str, Any]]]
             texts.append(part if isinstance(part, str) else part["text"])
         elif kind == "tool_use":
             calls.append((str(part.get("name")), part.get("input")))
-        elif kind not in ("thinking", "redacted_thinking"):
+        elif isinstance(part, dict) and kind not in ("thinking", "redacted_thinking"):
             known = {name: value for name, value in part.items() if name != "cache_control"}
             parts.append(hashed(json.dumps(known, sort_keys=True)))
     return texts, parts, calls
@@ -207,7 +210,7 @@ def _arguments(said: Any) -> Any:
     """As a value: clients write the same JSON in other words. None of no arguments."""
     try:
         return (json.loads(said) if isinstance(said, str) and said.strip() else said) or None
-    except ValueError:
+    except (ValueError, RecursionError):
         return said
 
 

@@ -32,7 +32,9 @@ _EVENTS = "text/event-stream"
 
 def passed_headers(exchange: Exchange) -> list[tuple[str, str]]:
     """Those of a request that the server gets: no keys, no names of sessions."""
-    found = [(name, exchange.headers[name][0].decode("latin-1")) for name in _PASSED if name in exchange.headers]
+    there = [name for name in _PASSED if name in exchange.headers]
+    # the server takes no tab
+    found = [(name, exchange.headers[name][0].decode("latin-1").replace("\t", " ")) for name in there]
     return found if "content-type" in exchange.headers else [*found, ("content-type", "application/json")]
 
 

@@ -182,17 +182,22 @@ async def ask(
         raise ValueError("a header or a path with an end of line in it")
     request = head.encode("latin-1") + b"\r\n\r\n" + (content or b"")
     loop = asyncio.get_running_loop()
+    response = Response(request, pace or Pace())
+    connected = asyncio.ensure_future(loop.create_connection(lambda: response, parts.hostname or "", parts.port or 80))
+    connected.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody waits any more
     try:
-        response = Response(request, pace or Pace())
-        connected = loop.create_connection(lambda: response, parts.hostname or "", parts.port or 80)
-        await asyncio.wait_for(connected, _CONNECT)
-    except asyncio.TimeoutError:
-        raise ConnectionError from None
-    except OSError as e:
-        raise ConnectionError from e
-    try:
+        # wait_for of Python 3.11 forgets that it was cancelled when the connection is there in the same moment
+        await asyncio.wait((connected,), timeout=_CONNECT)
+        if not connected.done():
+            raise ConnectionError
+        try:
+            connected.result()
+        except OSError as e:
+            raise ConnectionError from e
         await response.head()
+        response._whole = response._whole or method == "HEAD"  # which has no body
     except BaseException:
+        connected.cancel()
         response.close()
         raise
     return response

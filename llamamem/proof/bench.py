@@ -119,7 +119,10 @@ def run_bench(
     n_contrast = min(prompt, CONTRAST_TOKENS)
     with ExitStack() as stack:
         progress("loading the base twice, once with the sidecar")
-        models = [stack.enter_context(Model.open(base, side, gpu_layers=gpu_layers)) for side in (None, sidecar)]
+        models = [
+            stack.enter_context(Model.open(base, side, gpu_layers=gpu_layers, untested=True))
+            for side in (None, sidecar)
+        ]
         ids = np.random.default_rng(seed).integers(0, models[0].n_vocab, prompt + gen).astype(np.int32)
 
         def open_pair(size: int) -> list[Context]:

@@ -72,17 +72,18 @@ def check_model_fixture(
     atol_states: float = STATES,
     ubatches: tuple[int, ...] = UBATCHES,
     sidecar: Path | None = None,
+    row_order: str | None = None,
     bin_dir: Path | None = None,
     show: Show = lambda report: None,
 ) -> list[CaseReport]:
     """Runs every case of a folder. `engine` is torch, or native: the build with the exact GELU, at each microbatch.
 
-    For the runtime sidecars are exported from the folder's checkpoint, unless one is given.
+    For the runtime sidecars are exported from the folder's checkpoint, unless one is given; `row_order` as there.
 
     Raises LlamamemError for what cannot be run.
     """
     fixture = read_model_fixture(path)
-    runs = _torch(fixture) if engine == "torch" else _native(fixture, ubatches, sidecar, bin_dir)
+    runs = _torch(fixture) if engine == "torch" else _native(fixture, ubatches, sidecar, row_order, bin_dir)
     reports = []
     for case, how, measured in runs:
         reports.append(compare(fixture.path, case, how, measured, atol, atol_states))
@@ -153,7 +154,7 @@ def _torch(fixture: ModelFixture) -> Iterator[tuple[Case, str, Measured]]:
 
 
 def _native(
-    fixture: ModelFixture, ubatches: tuple[int, ...], given: Path | None, bin_dir: Path | None
+    fixture: ModelFixture, ubatches: tuple[int, ...], given: Path | None, row_order: str | None, bin_dir: Path | None
 ) -> Iterator[tuple[Case, str, Measured]]:
     from llamamem.formats.sidecar.export import export_sidecar
     from llamamem.native.runtime import Model, load_library
@@ -166,7 +167,7 @@ def _native(
         for i, config in enumerate((None, *fixture.configs)):
             sidecar = None if config is None else given or Path(scratch) / f"memory-{i}.gguf"
             if sidecar is not None and sidecar != given:
-                export_sidecar(fixture.path, gguf, sidecar, config=config)
+                export_sidecar(fixture.path, gguf, sidecar, config=config, row_order=row_order)
             with Model.open(gguf, sidecar, untested=True) as model:  # this is the test
                 for case in (case for case in fixture.cases if case.config == config):
                     for n_ubatch in (1,) if case.step else ubatches:

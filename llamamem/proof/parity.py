@@ -79,7 +79,7 @@ def measure_parity(
         median_abs_diff=float(np.median(diff)),
         top1_agreement=float(same.mean()),
         argmax_differences=int((~same).sum()),
-        worst_token=int(diff.max(axis=1).argmax()),
+        worst_token=int(np.argmax(diff.max(axis=1))),
         states=state_parity,
     )
 

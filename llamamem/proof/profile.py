@@ -98,7 +98,7 @@ def run_profile(
     """Runs `prompt` random tokens and then `gen` one by one, `repeat` times after a warm-up that is not counted."""
     clock = _Clock()
     with (
-        Model.open(base, sidecar, gpu_layers=gpu_layers) as model,
+        Model.open(base, sidecar, gpu_layers=gpu_layers, untested=True) as model,
         Context(model, prompt + gen, n_ubatch, kv=kv, threads=threads, on_node=clock) as context,
     ):
         ids = np.random.default_rng(seed).integers(0, model.n_vocab, prompt + gen).astype(np.int32)

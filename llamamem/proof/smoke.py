@@ -102,7 +102,7 @@ def smoke(
 
 
 def _memory(sidecar: Path) -> list[str]:
-    return ["--memory-adapter", str(sidecar), "--memory-mode", "serial"]
+    return ["--memory-adapter", str(sidecar), "--memory-mode", "serial", "--memory-untested"]  # this is a test
 
 
 def _generate(bin_dir: Path, arguments: list[str], session: Path, timeout: float) -> Generated:

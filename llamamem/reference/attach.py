@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llamamem.errors import LlamamemError
 from llamamem.formats.state import MEMORY as MEMORY_KIND
@@ -52,7 +53,8 @@ class Attached:
     """The memories of a model: layers, and their state, which goes on with every forward pass.
 
     `frozen`: it is read and not written to. `scale`: a factor of the deltas, 0 is the base. `norms`: when a list, each
-    pass appends the L2 norms of its deltas, {layer: {head: [B, T]}}.
+    pass appends the L2 norms of its deltas, {layer: {head: [B, T]}}. `needs_all`: a pass must be asked for the logits
+    of all tokens, since a layer with a memory has no others: one of Gemma 4 that shares the keys of an earlier one.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter):
@@ -72,6 +74,7 @@ class Attached:
         self.layers.to(next(model.parameters()).device)
         for layer, memory in adapter.layers.items():
             _check_fits(layer, memory, attention)
+        self.needs_all = any(getattr(attention[layer], "is_kv_shared_layer", False) for layer in adapter.layers)
         for layer, memory in adapter.layers.items():
             self._hook(layer, memory, attention[layer])
 
@@ -178,12 +181,15 @@ class Attached:
             self._deltas[layer] = self._run(layer, memory, h)
 
         self._hooks.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+        found = projections(attention)
         for head in memory.delta_heads:
+            module, rows = found[head]
 
-            def add(module: nn.Module, args: Any, out: Tensor, head: str = head) -> Tensor:
-                return out + self._deltas[layer][head].to(out.dtype)
+            def add(module: nn.Module, args: Any, out: Tensor, head: str = head, rows: slice = rows) -> Tensor:
+                delta = self._deltas[layer][head].to(out.dtype)
+                return out + F.pad(delta, (rows.start, out.shape[-1] - rows.stop))
 
-            self._hooks.append(getattr(attention, f"{head}_proj").register_forward_hook(add))
+            self._hooks.append(module.register_forward_hook(add))
 
     def _run(self, layer: int, memory: Layer, h: Tensor) -> dict[str, Tensor]:
         state = self._state.get(layer)
@@ -226,26 +232,50 @@ def attention_layers(model: nn.Module) -> dict[int, Any]:
     found = {int(m.layer_idx): m for m in modules if _is_attention(m)}
     if not found:
         raise LlamamemError(
-            f"{type(model).__name__} has no layers with a q_proj and an o_proj; a memory needs both apart from others"
+            f"{type(model).__name__} has no layers with a q_proj, or a qkv_proj, and an o_proj; a memory needs both"
         )
     return dict(sorted(found.items()))
 
 
 def _is_attention(module: Any) -> bool:
-    return all(hasattr(module, name) for name in ("layer_idx", "q_proj", "o_proj"))
+    has_queries = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
+    return has_queries and all(hasattr(module, name) for name in ("layer_idx", "o_proj"))
+
+
+def projections(attention: Any) -> dict[str, tuple[nn.Linear, slice]]:
+    """The projections that a layer has, by head, and which rows of the weight are the head's: q, k and v may be one.
+
+    A layer that reuses keys and values has q and o only.
+    """
+    modules = {head: getattr(attention, f"{head}_proj", None) for head in ("q", "k", "v", "o")}
+    found = {head: (module, slice(0, module.out_features)) for head, module in modules.items() if module is not None}
+    if "q" not in found:  # as Phi-3 has them, one after the other
+        qkv = attention.qkv_proj
+        q = attention.config.num_attention_heads * attention.head_dim
+        edges = {
+            "q": (0, q),
+            "k": (q, (q + qkv.out_features) // 2),
+            "v": ((q + qkv.out_features) // 2, qkv.out_features),
+        }
+        found |= {head: (qkv, slice(*rows)) for head, rows in edges.items()}
+    return found
 
 
 def projection_widths(attention: nn.Module) -> dict[str, int]:
-    """Output widths of the projections that a layer has, by head: one that reuses keys and values has q and o only."""
-    modules = {head: getattr(attention, f"{head}_proj", None) for head in ("q", "k", "v", "o")}
-    return {head: module.out_features for head, module in modules.items() if module is not None}
+    """Output widths of the projections that a layer has, by head."""
+    return {head: rows.stop - rows.start for head, (_, rows) in projections(attention).items()}
+
+
+def hidden_width(attention: nn.Module) -> int:
+    """The width of what enters a layer's attention."""
+    return projections(attention)["q"][0].in_features
 
 
 def _check_fits(layer: int, memory: Layer, attention: dict[int, Any]) -> None:
     if layer not in attention:
         raise LlamamemError(f"target layer {layer} is not one of the base's {len(attention)}; attach to another base")
     widths = projection_widths(attention[layer])
-    hidden = attention[layer].q_proj.in_features
+    hidden = hidden_width(attention[layer])
     if hidden != memory.shape.hidden:
         raise LlamamemError(
             f"layer {layer}: the adapter is for hidden size {memory.shape.hidden}, the base has {hidden}"

@@ -113,19 +113,20 @@ class Conversation:
     def feed(self, ids: Sequence[int], *, every: bool = False) -> Tensor:
         """Runs tokens after those in the cache; the logits after the last one [1, V], or after each [n, V], fp32."""
         found = []
+        every_pass = every or (self.memory is not None and self.memory.needs_all)
         for start in range(0, len(ids), _PIECE):
             piece = list(ids[start : start + _PIECE])
             out = self.base.model(
                 input_ids=torch.tensor([piece], device=self.base.model.device),
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=0 if every else 1,
+                logits_to_keep=0 if every_pass else 1,
             )
             self._cache = out.past_key_values
             self.tokens += piece
             found.append(out.logits[0].float().cpu())
             self._check_step(len(piece))
-        return torch.cat(found) if every else found[-1]
+        return torch.cat(found) if every else found[-1][-1:]
 
     def drop_text(self) -> None:
         """The KV cache is gone, the memory stays, and the next text starts on it at position 0."""

@@ -18,7 +18,7 @@ from llamamem.formats.sidecar.layout import SOURCE_PREFIX
 from llamamem.reference.delta_oracle import DeltaShape
 from llamamem.reference.oracle import HEADS, LIVE, PADDING, LayerTrace
 from llamamem.reference.recurrence import recurrence
-from llamamem.reference.torch_memory import MemoryState, Trace
+from llamamem.reference.torch_memory import MemoryState, Trace, add_projections
 
 __all__ = ["DeltaMemory", "eval_layer", "from_weights"]
 
@@ -46,16 +46,7 @@ class DeltaMemory(nn.Module):
         super().__init__()
         self.shape = shape
         self.delta_heads = delta_heads
-        D, H = shape.width, shape.hidden
-        G = D if rankwise_gates else shape.heads
-        for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
-            self.register_parameter(name, nn.Parameter(torch.zeros(D, H)))
-        for name in ("beta",) if shape.couple_lambda else ("beta", "lambda"):
-            self.register_parameter(f"{name}_proj", nn.Parameter(torch.zeros(G, H)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(G)))
-        for head in HEADS:
-            if head in widths:
-                self.register_parameter(f"delta_{head}_proj", nn.Parameter(torch.zeros(widths[head], D)))
+        add_projections(self, shape, widths, rankwise_gates)
         if scales:
             self.delta_scale_raw = nn.Parameter(torch.zeros(scales))
         if o_rmsnorm:

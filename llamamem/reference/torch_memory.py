@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamamem.formats.sidecar.layout import short_name
+from llamamem.reference.delta_oracle import DeltaShape
 from llamamem.reference.oracle import FEATURES, FROZEN, HEADS, LIVE, PADDING, LayerTrace, MemoryShape
 from llamamem.reference.recurrence import recurrence
 
@@ -63,6 +64,22 @@ class _Core(nn.Module):
         return self.get_parameter(name)
 
 
+def add_projections(
+    module: nn.Module, shape: MemoryShape | DeltaShape, widths: Mapping[str, int], rankwise_gates: bool
+) -> None:
+    """What memories of both kinds project with: into q, k and v, to the gates, and out to the deltas."""
+    D, H = shape.width, shape.hidden
+    G = D if rankwise_gates else shape.heads
+    for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
+        module.register_parameter(name, nn.Parameter(torch.zeros(D, H)))
+    for name in ("beta",) if shape.couple_lambda else ("beta", "lambda"):
+        module.register_parameter(f"{name}_proj", nn.Parameter(torch.zeros(G, H)))
+        module.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(G)))
+    for head in HEADS:
+        if head in widths:
+            module.register_parameter(f"delta_{head}_proj", nn.Parameter(torch.zeros(widths[head], D)))
+
+
 class Memory(nn.Module):
     """The memory beside one attention layer.
 
@@ -83,17 +100,8 @@ class Memory(nn.Module):
         super().__init__()
         self.shape = shape
         self.delta_heads = delta_heads
-        D, H = shape.width, shape.hidden
-        G = D if rankwise_gates else shape.heads
-        for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
-            self.register_parameter(name, nn.Parameter(torch.zeros(D, H)))
-        for name in ("beta",) if shape.couple_lambda else ("beta", "lambda"):
-            self.register_parameter(f"{name}_proj", nn.Parameter(torch.zeros(G, H)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(G)))
-        for head in HEADS:
-            if head in widths:
-                self.register_parameter(f"delta_{head}_proj", nn.Parameter(torch.zeros(widths[head], D)))
-        self.hrm_rwkv7_core = _Core(D, lora)
+        add_projections(self, shape, widths, rankwise_gates)
+        self.hrm_rwkv7_core = _Core(shape.width, lora)
 
     def fresh(self, batch: int = 1) -> MemoryState:
         """The empty memory of `batch` sequences."""

@@ -145,11 +145,12 @@ class Trainer:
             places = wanted.any(dim=0).nonzero().flatten()
             with self.handle.masked(mask):
                 # logits where there is something to learn; where there is nothing, the layers above are not run
-                keep = places if len(places) else 1
+                keep = 0 if self.handle.needs_all else places if len(places) else 1
                 logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
             if not len(places):
                 yield None, [], []
                 continue
+            logits = logits[:, places] if self.handle.needs_all else logits
             said, asked = logits[wanted[:, places]], answers[wanted]
             losses = F.cross_entropy(said.float(), targets[wanted], reduction="none")
             right = (said.argmax(-1) == targets[wanted])[asked].tolist()

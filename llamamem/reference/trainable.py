@@ -16,7 +16,7 @@ from llamamem.formats.gguf_file import GgufTensor
 from llamamem.formats.sidecar.layout import DELTA_RULE, RWKV_MS, SOURCE_PREFIX
 from llamamem.reference import starts
 from llamamem.reference.adapter import Adapter, Layer, Shape, rules
-from llamamem.reference.attach import attention_layers, projection_widths
+from llamamem.reference.attach import attention_layers, hidden_width, projection_widths, projections
 from llamamem.reference.delta_oracle import DeltaShape
 from llamamem.reference.starts import start_memory
 from llamamem.reference.torch_delta import DeltaMemory
@@ -76,7 +76,7 @@ def new_adapter(spec: AdapterSpec, model: nn.Module, seed: int) -> Adapter:
     if wrong := [layer for layer in spec.layers if layer not in attention]:
         raise LlamamemError(f"target layer {wrong[0]} is not one of the base's {len(attention)}; give other --layers")
     spec = replace(spec, layers=spec.layers or tuple(attention))
-    hidden = int(attention[0].q_proj.in_features)
+    hidden = hidden_width(attention[0])
     shape, heads, _ = rules(spec.config(), hidden, "the new adapter")
     generator = torch.Generator().manual_seed(seed)
     layers: dict[int, Layer] = {}
@@ -86,7 +86,7 @@ def new_adapter(spec: AdapterSpec, model: nn.Module, seed: int) -> Adapter:
             raise LlamamemError(f"layer {layer} of the base has no {missing[0]} projection of its own")
         memory = _new_layer(spec, shape, widths, heads)
         if spec.start == starts.ORIGINAL:
-            weights = {head: getattr(attention[layer], f"{head}_proj").weight for head in heads}
+            weights = {head: module.weight[rows] for head, (module, rows) in projections(attention[layer]).items()}
             starts.start_as_original(memory, weights, layer, len(attention), generator)
         elif isinstance(memory, Memory):
             start_memory(memory, generator)

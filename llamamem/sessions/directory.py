@@ -109,6 +109,7 @@ class DirectoryStore(Rows):
         text = session.model_dump_json(indent=1) + "\n"
         with self._reported():
             if expected is None:
+                layout.check(self.path)
                 private_directory(self.path)
             with self._locked(key):
                 if not self._is(key, expected, session):
@@ -228,6 +229,7 @@ class DirectoryStore(Rows):
     def _take(self, name: str, owner: str, seconds: float) -> float | None:
         if not os.path.isdir(f"{self.path}/locks"):
             with self._reported():
+                layout.check(self.path)
                 private_directory(self.path)
                 self._lock_folder()
         return self._leases.take(self.namespace, name, owner, seconds)
@@ -237,6 +239,7 @@ class DirectoryStore(Rows):
 
     def removals(self) -> int:
         with self._reported():
+            layout.check(self.path)
             if not self.path.exists():
                 return 0
             os.listdir(self.path / "keys" if (self.path / "keys").exists() else self.path)

@@ -15,6 +15,7 @@ from llamamem.sessions.store import Unreachable
 
 SESSIONS = "sessions"
 _PART = ".sessions.part"
+_seen: set[Path] = set()  # stores in which this process has found sessions
 
 _OLD = re.compile(r"\.?(?P<key>[0-9a-f]{64})(\.json|-[0-9]+\.state)(\.part)?")
 
@@ -30,11 +31,18 @@ def place(root: Path, namespace: str) -> str:
 
 
 def check(root: Path) -> None:
-    """Sees that a store of an older version is moved before it is used. It takes one look where there is none."""
-    if os.path.exists(f"{root}/{SESSIONS}") or not root.is_dir():
+    """Sees that a store of an older version is moved before it is used, and that one that goes away is not begun anew.
+    It takes one look where there is nothing to do."""
+    had = root in _seen  # another thread may begin it from here on
+    if os.path.exists(f"{root}/{SESSIONS}"):
+        _seen.add(root)
         return
-    names = os.listdir(root)
+    names = os.listdir(root) if root.is_dir() else []
     if _PART not in names and not any(map(_OLD.fullmatch, names)):
+        if had:
+            raise Unreachable(
+                f"{root}: had sessions, and is empty or gone; see to the disk, or start anew without them"
+            )
         return
     try:
         with filelock.FileLock(_lock(root), timeout=600):

@@ -29,12 +29,12 @@ llama_adapter_mem_graph::llama_adapter_mem_graph(const llm_graph_params & params
     }
 }
 
-// some of the tokens, chosen where their outputs are
+// some of the tokens, chosen where their outputs are; not the embeddings of all, which are rows of a weight
 static bool adapter_mem_is_rows(const ggml_tensor * t) {
     while (t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_CONT || t->op == GGML_OP_MUL) {
         t = t->src[0];
     }
-    return t->op == GGML_OP_GET_ROWS;
+    return t->op == GGML_OP_GET_ROWS && t->src[0]->op != GGML_OP_NONE;
 }
 
 [[noreturn]] static void adapter_mem_fail(const llm_graph_context & gctx, const llama_adapter_mem & adapter, const std::string & name, const char * what) {

@@ -86,6 +86,28 @@ def test_an_architecture_that_nobody_tested(product: Any, models: dict[str, Path
     assert np.abs(got - product(logits, base, sidecar, ids)).max() <= 2e-5
 
 
+def test_a_base_without_a_norm_before_attention(product: Any, models: dict[str, Path], tmp_path: Path) -> None:
+    """OLMo 2 norms what a branch gives: what enters the first attention are the embeddings, of all tokens."""
+    base, _ = exported(models["llama_rwkv_ms"], tmp_path)
+    ids = np.arange(40, dtype=np.int32) * 7 % 250
+
+    def norm_after(tensors: Tensors) -> Tensors:
+        after = {".attn_norm.": ".post_attention_norm.", ".ffn_norm.": ".post_ffw_norm."}
+        res = {"output.weight": tensors["token_embd.weight"]}
+        for name, data in tensors.items():
+            for was, now in after.items():
+                name = name.replace(was, now)
+            res[name] = data
+            if name.endswith(("attn_q.weight", "attn_k.weight")):
+                res[name.replace(".weight", "_norm.weight")] = np.ones(len(data), np.float32)
+        return res
+
+    other, memory = rewritten(base, tmp_path / "olmo2.gguf", "olmo2", norm_after), tmp_path / "olmo2-memory.gguf"
+    export_sidecar(models["llama_rwkv_ms"], other, memory)
+    got = product(logits, other, memory, ids, untested=True)
+    assert np.abs(got - product(logits, other, None, ids)).max() >= 0.1
+
+
 def exported(folder: Path, to: Path) -> tuple[Path, Path]:
     """The base of a fixture, and its adapter as a sidecar."""
     base, sidecar = folder / "model-f32.gguf", to / "memory.gguf"

@@ -72,8 +72,9 @@ class Served:
         """The gateway starts another one. Returns when it is gone: a request then meets none, and not one that dies."""
         if (pid := self.server_pid()) is not None:
             os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(psutil.NoSuchProcess):
-                while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            # its first thread is gone before the last one, and with that its socket
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+                while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE or len(os.listdir(f"/proc/{pid}/task")) > 1:
                     time.sleep(0.01)
 
     def kill(self) -> None:

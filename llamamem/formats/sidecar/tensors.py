@@ -198,7 +198,7 @@ def _check_values(tensor: GgufTensor) -> None:
         data = tensor.data[start : start + _PIECE * size]
         finite = np.isfinite(values(replace(tensor, data=data, shape=(len(data) // size,))))
         if not finite.all():
-            at = start // size + int(finite.argmin())
+            at = start // size + int(np.argmin(finite))
             text = f"tensor {quoted(tensor.name)} holds NaN or infinity, first at value {at}"
             raise LlamamemError(text, reason="tensor-nonfinite")
 

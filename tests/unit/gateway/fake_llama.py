@@ -77,6 +77,9 @@ class FakeLlama:
             def do_GET(self) -> None:
                 self.take()
 
+            def do_HEAD(self) -> None:
+                self.take()
+
             def do_POST(self) -> None:
                 self.take()
 
@@ -111,7 +114,7 @@ class FakeLlama:
                     self.send_header("Access-Control-Allow-Origin", "*")
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
-                    self.wfile.write(data)
+                    self.wfile.write(b"" if self.command == "HEAD" else data)
 
             def stream(self, events: list[Any], body: Any) -> None:
                 self.send_response(200)

@@ -68,6 +68,8 @@ def test_keys_of_one_namespace_share_it(make_front: MakeFront, store: MemoryStor
     front.told("a", headers=bearer(one))
     assert front.told("b", headers=bearer(two))["generation"] == 2
     assert front.told("b", headers={"x-api-key": one})["generation"] == 3  # as Anthropic's clients send it
+    for others in ({"authorization": f"bearer {one}"}, {"authorization": "", "x-api-key": one}):
+        assert front.http.get("/v1/sessions/anna", headers=others).json()["generation"] == 3
     assert front.told("b", headers=bearer(plain))["generation"] == 1
 
 
@@ -195,6 +197,7 @@ def test_neither_keys_nor_texts_nor_names_are_logged(
     front.http.post("/session/zebra-session/v1/chat/completions", json={"messages": SECRET}, headers=bearer(told))
     front.http.get("/v1/sessions/zebra-session", headers=bearer(told))
     front.http.get(f"/zebra-session/{SECRET.replace(' ', '-')}", headers=bearer(told))
+    front.http.get("/v1/sessions/anna/zebra-session", headers=bearer(told))
     front.http.put("/v1/sessions/zebra-session/memory", content=SECRET.encode(), headers=bearer(told))
     front.http.post("/v1/sessions/zebra-session/learn", json={"texts": [SECRET]}, headers=bearer(told))
     front.llama.before = lambda *_: 1 / 0
@@ -203,7 +206,8 @@ def test_neither_keys_nor_texts_nor_names_are_logged(
     assert front.chat(SECRET, name="zebra-session", headers=bearer(told)).status_code == 500
     out, err = capfd.readouterr()
     log = front.out.getvalue()
-    assert len(front.lines()) == 12
+    assert len(front.lines()) == 13
+    out += front.http.get("/metrics", headers=bearer(told)).text
     for secret in sent:
         assert secret not in log + out and (secret not in err or ("Error" in err and secret == SECRET and False))
     assert {"time", "event", "method", "status", "ms", "route"} <= set(front.lines()[0])
@@ -213,7 +217,7 @@ def test_neither_keys_nor_texts_nor_names_are_logged(
 
 
 def test_pages_of_other_sites_may_not_ask(front: Front) -> None:
-    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://localhost.evil.example"):
+    for origin in ("https://evil.example", "null", "http://[", "http://127.0.0.1:1", "http://localhost.evil.example"):
         for method, path in (
             ("POST", "/v1/chat/completions"),
             ("GET", "/v1/sessions"),
@@ -409,6 +413,28 @@ def test_headers_that_two_programs_could_read_in_two_ways(refusing: Front, line:
 def test_bodies_that_are_no_object(refusing: Front, body: bytes) -> None:
     answer = refusing.http.post("/v1/chat/completions", content=body, headers={"X-Session-Id": "anna"})
     assert answer.status_code == 400 and refusing.store.shared.records == {}
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b'{"a": "\xed\xa0\x80"}', b'{"a": "b']
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/completion", "/tokenize", "/v1/embeddings"])
+def test_what_is_no_json_the_server_cannot_quote_in_its_log(refusing: Front, path: str, body: bytes) -> None:
+    asked = len(refusing.llama.asked)
+    for headers in ({}, {"X-Session-Id": "anna"}):
+        assert refusing.http.post(path, content=body, headers=headers).status_code == 400
+    assert len(refusing.llama.asked) == asked
+
+
+def test_headers_that_the_server_does_not_take(front: Front) -> None:
+    assert front.chat("a", headers={"Accept": "a,\tb"}).status_code == 200
+    assert front.llama.asked[-1][2]["accept"] == "a, b"
+
+
+def test_a_head_alone_is_no_server_that_died(front: Front) -> None:
+    assert front.http.head("/v1/models").status_code == 200
+    assert front.http.get("/v1/models").status_code == 200  # the log has the line of the one before by now
+    assert "error" not in front.lines()[0]
 
 
 # -- the command line

@@ -21,6 +21,7 @@ from llamamem.errors import LlamamemError
 from llamamem.formats import private
 from llamamem.sessions import DirectoryStore, Memory, directory, layout
 from llamamem.sessions.session import Conversation
+from llamamem.sessions.store import Unreachable
 
 MakeMemory = Callable[..., Memory]
 
@@ -379,6 +380,32 @@ def test_what_is_there_can_be_read_where_nothing_can_be_written(
     with stopped_at(0, "before", OSError(why, os.strerror(why))):
         loaded, state = place.load("alice")
     assert state == memory(1, 1).data and loaded.used == saved.used
+
+
+def test_one_that_goes_away_is_not_begun_anew(place: DirectoryStore, memory: MakeMemory) -> None:
+    """A disk that is taken off, and one whose empty place stays."""
+    place.save(place.create("alice"), memory(1))
+    away = place.path.with_name("away")
+    place.path.rename(away)
+    calls: list[Callable[[], Any]] = [
+        lambda: place.lease("alice", "a", 1.0),
+        lambda: place.lease("bob", "a", 1.0),
+        lambda: place.read("alice"),
+        lambda: place.create("bob"),
+        lambda: place.remove("alice"),
+        place.removals,
+        place.entries,
+    ]
+    for stays in (False, True):
+        if stays:
+            place.path.mkdir()
+        for call in calls:
+            with pytest.raises(Unreachable, match="see to the disk"):
+                call()
+        assert not place.path.exists() or list(place.path.iterdir()) == []
+    place.path.rmdir()
+    away.rename(place.path)
+    assert place.read("alice").state == memory(1).data
 
 
 def test_a_read_only_store_lists_and_loads(
