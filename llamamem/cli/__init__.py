@@ -29,7 +29,7 @@ __all__ = ["app", "main"]
 
 # what a module registers stands in `llamamem --help` under its heading
 VERBS = {
-    "Serve": ("serve", "scale", "chat", "ps"),
+    "Serve": ("pull", "serve", "scale", "chat", "ps"),
     "Prove": ("health", "smoke", "eval", "trace", "demo", "recall"),
     "Runtime": ("build", "doctor", "vendor", "fixture", "parity", "reference", "train", "bench", "lab"),
     "Sidecars and memories": ("sidecar", "session", "key", "state"),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llamamem.cli.base import base_file
 from llamamem.errors import LlamamemError
 
 
@@ -23,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    model: Annotated[Path, typer.Option(help="Base GGUF.")],
+    model: Annotated[Path, typer.Option(help="Base GGUF, or a name that `llamamem pull` knows.", callback=base_file)],
     sidecar: Annotated[
         Path | None, typer.Option(help="Memory sidecar GGUF; without it the base runs against itself.")
     ] = None,

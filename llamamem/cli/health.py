@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from llamamem.cli.base import base_file
 from llamamem.cli.session import ApiKey, Run, Url
 from llamamem.errors import LlamamemError
 
@@ -32,7 +33,7 @@ def health(
     run: Run = None,
     url: Url = None,
     slot_dir: Annotated[Path | None, typer.Option(help="That server's --slot-save-path.")] = None,
-    model: Annotated[Path | None, typer.Option(help="That server's base GGUF.")] = None,
+    model: Annotated[Path | None, typer.Option(help="That server's base GGUF.", callback=base_file)] = None,
     sidecar: Annotated[Path | None, typer.Option(help="That server's sidecar.")] = None,
     log: Annotated[Path | None, typer.Option(help="That server's log.")] = None,
     api_key: ApiKey = None,

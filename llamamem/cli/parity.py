@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from llamamem.cli.base import base_file
+
 
 class KvType(str, Enum):
     f32 = "f32"
@@ -20,7 +22,9 @@ def register(app: typer.Typer) -> None:
 
 
 def parity(
-    model: Annotated[Path | None, typer.Option(help="Base GGUF.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Base GGUF, or a name that `llamamem pull` knows.", callback=base_file)
+    ] = None,
     ids: Annotated[Path | None, typer.Option(help=".npy or FILE.npz:NAME, token ids [n], fed from position 0.")] = None,
     logits: Annotated[
         Path | None, typer.Option(help=".npy or FILE.npz:NAME, reference logits [n, vocabulary].")

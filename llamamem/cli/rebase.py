@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from llamamem.cli.base import base_file
 from llamamem.cli.completion import session_names
 from llamamem.errors import LlamamemError
 from llamamem.formats.base import base_files
@@ -27,13 +28,23 @@ Output = Annotated[Path, typer.Option(metavar="FILE", help="Memory-only state to
 OldSidecar = Annotated[
     Path, typer.Option("--sidecar", metavar="OLD.gguf", help="Sidecar that made it.", show_default=False)
 ]
-OldBase = Annotated[Path, typer.Option("--base", metavar="OLD.gguf", help="Base of that sidecar.", show_default=False)]
+OldBase = Annotated[
+    Path,
+    typer.Option("--base", metavar="OLD.gguf", help="Base of that sidecar.", callback=base_file, show_default=False),
+]
 NewSidecar = Annotated[
     Path,
     typer.Option("--to-sidecar", metavar="NEW.gguf", help="Its rebound copy (sidecar rebind).", show_default=False),
 ]
 NewBase = Annotated[
-    Path, typer.Option("--to-base", metavar="NEW.gguf", help="Another quantisation of the model.", show_default=False)
+    Path,
+    typer.Option(
+        "--to-base",
+        metavar="NEW.gguf",
+        help="Another quantisation of the model.",
+        callback=base_file,
+        show_default=False,
+    ),
 ]
 Store = Annotated[
     str | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llamamem.cli.base import base_file, base_name
 from llamamem.errors import LlamamemError
 from llamamem.reference.require import require_torch
 
@@ -45,7 +46,12 @@ _INJECT = (
 Prompts = Annotated[
     list[str] | None, typer.Argument(metavar="[PROMPT]...", help="A user's turn each; none: the lines of stdin.")
 ]
-Base = Annotated[str, typer.Option("--base", help="Directory in Hugging Face's form, or a repository of its hub.")]
+Base = Annotated[
+    str,
+    typer.Option(
+        "--base", help="Directory in Hugging Face's form, a repository of its hub, or a GGUF.", callback=base_name
+    ),
+]
 Adapter = Annotated[str, typer.Option("--adapter", help=f"{_ADAPTER}.")]
 OptionalAdapter = Annotated[str | None, typer.Option("--adapter", help=f"{_ADAPTER}; without it the base runs.")]
 Config = Annotated[str | None, typer.Option(help="Another config file of a checkpoint directory.")]
@@ -153,8 +159,8 @@ def trace(
 
 
 def parity(
-    base: Annotated[str, typer.Option(help="The base in Hugging Face's form.")],
-    model: Annotated[Path, typer.Option(help="The same base as GGUF.")],
+    base: Annotated[str, typer.Option(help="The base in Hugging Face's form, or a GGUF.", callback=base_name)],
+    model: Annotated[Path, typer.Option(help="The same base as GGUF.", callback=base_file)],
     sidecar: Annotated[Path, typer.Option(help="Memory sidecar GGUF, for both.")],
     script: Script = None,
     profile: Annotated[Profile, typer.Option(help="Of the server.")] = Profile.serial,

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llamamem.cli.base import base_file
 from llamamem.cli.session import PLACES, Quota, open_given_store, size_of
 from llamamem.errors import LlamamemError
 from llamamem.serving.foreground import STOPPED, Signals
@@ -40,7 +41,9 @@ def scale(
         typer.Option(metavar=PLACES, envvar="LLAMAMEM_SESSIONS", help="Where all replicas keep sessions."),
     ],
     replicas: Annotated[int, typer.Option(min=1, help="How many; each has a llama-server and a gateway.")] = 2,
-    model: Annotated[Path | None, typer.Option(help="Base GGUF.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Base GGUF, or a name that `llamamem pull` knows.", callback=base_file)
+    ] = None,
     sidecar: Annotated[Path | None, typer.Option(help="Sidecar GGUF.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="The small model of `llamamem demo`, with its memory.")] = False,
     profile: Annotated[str, typer.Option(help="As of `llamamem serve`.")] = "batched",

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from llamamem.cli.base import base_file
 from llamamem.cli.completion import profile_names
 from llamamem.cli.session import PLACES, Quota
 from llamamem.errors import LlamamemError
@@ -32,7 +33,9 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     context: typer.Context,
-    model: Annotated[Path | None, typer.Option(help="Base GGUF.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Base GGUF, or a name that `llamamem pull` knows.", callback=base_file)
+    ] = None,
     sidecar: Annotated[Path | None, typer.Option(help="Sidecar GGUF; without one the base is served alone.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="The small model of `llamamem demo`, with its memory.")] = False,
     profile: Annotated[

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from llamamem.cli.base import base_file
 from llamamem.formats.base import TESTED
 from llamamem.formats.checkpoint.writer import materialize as write_back
 from llamamem.formats.sidecar import Sidecar, read_sidecar
@@ -68,7 +69,10 @@ def export(
         Path, typer.Argument(metavar="DIR", help="Checkpoint: adapter, config, metadata if any.", show_default=False)
     ],
     base: Annotated[
-        Path, typer.Option(metavar="BASE.gguf", help="Base GGUF that the sidecar is bound to.", show_default=False)
+        Path,
+        typer.Option(
+            metavar="BASE.gguf", help="Base GGUF that the sidecar is bound to.", callback=base_file, show_default=False
+        ),
     ],
     mmproj: Annotated[
         Path | None, typer.Option(metavar="FILE.gguf", help="Projector of the base; its hash is recorded.")
@@ -153,7 +157,8 @@ def inspect(
 def validate(
     file: File,
     base: Annotated[
-        Path | None, typer.Option(metavar="BASE.gguf", help="Also check that this is the base it is bound to.")
+        Path | None,
+        typer.Option(metavar="BASE.gguf", help="Also check that this is the base it is bound to.", callback=base_file),
     ] = None,
     runtime: Annotated[
         bool, typer.Option("--runtime", help="Also ask the runtime's own loader, and say if it disagrees.")
@@ -219,7 +224,10 @@ def compare(
 def rebind(
     file: File,
     base: Annotated[
-        Path, typer.Option(metavar="NEW.gguf", help="Another quantisation of the same model.", show_default=False)
+        Path,
+        typer.Option(
+            metavar="NEW.gguf", help="Another quantisation of the same model.", callback=base_file, show_default=False
+        ),
     ],
     output: Output,
 ) -> None:

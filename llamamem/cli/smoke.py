@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llamamem.cli.base import base_file
 from llamamem.native.build import find_build
 from llamamem.proof.smoke import DEFAULT_PROMPT, Generated, SmokeReport, smoke
 
@@ -20,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def smoke_command(
-    model: Annotated[Path, typer.Option(help="Base GGUF.")],
+    model: Annotated[Path, typer.Option(help="Base GGUF, or a name that `llamamem pull` knows.", callback=base_file)],
     sidecar: Annotated[Path, typer.Option(help="Sidecar GGUF.")],
     prompt: Annotated[str, typer.Option(help="What all three are asked.")] = DEFAULT_PROMPT,
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate.")] = 48,

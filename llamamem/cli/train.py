@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llamamem.cli.base import base_file
 from llamamem.errors import LlamamemError
 from llamamem.reference.require import require_torch
 
@@ -35,7 +36,9 @@ def register(app: typer.Typer) -> None:
 
 
 def train_command(
-    base: Annotated[Path, typer.Option(help="Directory of the base in Hugging Face's form.")],
+    base: Annotated[
+        Path, typer.Option(help="Directory of the base in Hugging Face's form, or its GGUF.", callback=base_file)
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Checkpoint directory to write; with --compare a directory for its results.")
     ] = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -47,7 +47,7 @@ _MAX_COUNT = 1 << 16  # of keys, of tensors
 _MAX_NUMEL = 1 << 48
 _MAX_NAME = 63  # bytes of a tensor's name, as ggml has it
 _GGML_TYPES = frozenset(int(kind) for kind in GGMLQuantizationType)
-_LONGEST_KEPT = 4096  # longer arrays and arrays of strings (vocabularies) are passed over
+_LONGEST_KEPT = 4096  # longer arrays and arrays of strings (vocabularies) are passed over unless they are asked for
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,17 @@ class GgufIndex:
         return self.fields[key].value if key in self.fields else default
 
 
-def read_gguf_index(path: str | Path) -> GgufIndex:
-    """Keys and tensor list of any GGUF file. Raises LlamamemError if it is missing, not GGUF, or damaged."""
+def read_gguf_index(path: str | Path, keep: Collection[str] = ()) -> GgufIndex:
+    """Keys and tensor list of any GGUF file; arrays of the keys in `keep` whatever their length, as vocabularies are.
+
+    Raises LlamamemError if it is missing, not GGUF, or damaged.
+    """
     path = Path(path)
     try:
         with open_regular(path) as file:
             at = _Cursor(file, os.fstat(file.fileno()).st_size)
             try:
-                return _read_index(path, at)
+                return _read_index(path, at, keep)
             except LlamamemError as e:
                 raise LlamamemError(f"{path}: {e}; fetch it again") from None
     except FileNotFoundError:
@@ -258,9 +261,9 @@ def _printable(data: bytes) -> str:
     return quoted(data[:81].decode("utf-8", "replace"))
 
 
-def _read_index(path: Path, at: _Cursor) -> GgufIndex:
+def _read_index(path: Path, at: _Cursor, keep: Collection[str]) -> GgufIndex:
     n_tensors, n_fields = _read_counts(at)
-    fields = _read_fields(at, n_fields, strict=False)
+    fields = _read_fields(at, n_fields, strict=False, keep=keep)
     alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise LlamamemError(f"key 'general.alignment' is {quoted(str(alignment))}, must be a power of two")
@@ -282,7 +285,7 @@ def _read_counts(at: _Cursor) -> tuple[int, int]:
     return n_tensors, n_fields
 
 
-def _read_fields(at: _Cursor, n: int, strict: bool) -> dict[str, GgufField]:
+def _read_fields(at: _Cursor, n: int, strict: bool, keep: Collection[str] = ()) -> dict[str, GgufField]:
     fields: dict[str, GgufField] = {}
     for i in range(n):
         at.what = f"key {i + 1}"
@@ -290,11 +293,11 @@ def _read_fields(at: _Cursor, n: int, strict: bool) -> dict[str, GgufField]:
         at.what = f"key {quoted(key)}"
         if key in fields:
             raise _refused("key-duplicate", f"{at.what} is there twice")
-        fields[key] = _read_field(at, strict)
+        fields[key] = _read_field(at, strict, key in keep)
     return fields
 
 
-def _read_field(at: _Cursor, strict: bool) -> GgufField:
+def _read_field(at: _Cursor, strict: bool, keep: bool) -> GgufField:
     kind = _value_type(at)
     if kind == GGUFValueType.STRING:
         return GgufField(kind, at.text())
@@ -304,6 +307,8 @@ def _read_field(at: _Cursor, strict: bool) -> GgufField:
     if item == GGUFValueType.ARRAY:
         raise _refused("gguf-type", f"{at.what} is an array of arrays")
     n = at.number("Q")
+    if item == GGUFValueType.STRING and keep:
+        return GgufField(kind, [at.text() for _ in range(n)])
     if item == GGUFValueType.STRING:
         for _ in range(n):  # each takes some bytes of the file, whatever n is
             if strict:
@@ -311,7 +316,7 @@ def _read_field(at: _Cursor, strict: bool) -> GgufField:
             else:
                 at.skip(at.number("Q"))
         return GgufField(kind, None)
-    if n > _LONGEST_KEPT:
+    if n > _LONGEST_KEPT and not keep:
         at.skip(n * struct.calcsize(_SCALARS[item]))
         return GgufField(kind, None)
     return GgufField(kind, list(at.unpack(f"{n}{_SCALARS[item]}")))

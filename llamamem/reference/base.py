@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llamamem.errors import LlamamemError
 from llamamem.formats.checkpoint import ADAPTER, CONFIG, METADATA
 from llamamem.reference.gguf_model import load_gguf
+from llamamem.reference.gguf_tokenizer import gguf_tokenizer
 
 Messages = Sequence[dict[str, str]]
 
@@ -101,19 +102,24 @@ def load_base(
 ) -> Base:
     """Loads a base for inference, attention computed step by step as it is written down ("eager").
 
-    `name` is a directory or a repository of the Hugging Face hub. `weights` is a GGUF whose weights, dequantised, take
-    the place of the directory's: what is served is what is compared. `gelu="ggml"` computes GELU through fp16 as
+    `name` is a directory, a repository of the Hugging Face hub, or a GGUF: its tokenizer, its chat template and its
+    weights, dequantised. `weights` is a GGUF whose weights, dequantised, take the place of the directory's: what is
+    served is what is compared. `gelu="ggml"` computes GELU through fp16 as
     llama.cpp's CPU build does, for a closer comparison with that. Raises LlamamemError with what went wrong.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     if dtype not in DTYPES or gelu not in GELUS:
         raise LlamamemError(f"dtype {dtype!r} is one of {', '.join(DTYPES)}, gelu {gelu!r} one of {', '.join(GELUS)}")
     logging.disable_progress_bar()
     with _as_one_line(name, "the base"):
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-        if weights is None:
+        alone = weights is None and Path(name).is_file()
+        tokenizer = _gguf_tokenizer(name) if alone else AutoTokenizer.from_pretrained(str(name))
+        if alone:
+            model = load_gguf(name).to(DTYPES[dtype])
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+        elif weights is None:
             model = AutoModelForCausalLM.from_pretrained(str(name), dtype=DTYPES[dtype], attn_implementation="eager")
         else:
             config = AutoConfig.from_pretrained(str(name))
@@ -123,6 +129,13 @@ def load_base(
     if gelu == "ggml":
         use_ggml_gelu(model)
     return Base(str(name), model, tokenizer, _stop_ids(model, tokenizer), gelu)
+
+
+def _gguf_tokenizer(path: str | Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, said = gguf_tokenizer(path)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=str(path), **said)
 
 
 def _generation_config(name: str | Path, config: Any) -> Any:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from llamamem.errors import LlamamemError
 from llamamem.reference import demo_tokenizer
+from llamamem.reference.gguf_tokenizer import gguf_tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,15 @@ class ChatTokens:
 
     @classmethod
     def read(cls, folder: Path) -> ChatTokens:
-        """The tokenizer of a model's directory (tokenizer.json, tokenizer_config.json, maybe chat_template.jinja)."""
+        """The tokenizer of a model's directory (tokenizer.json, tokenizer_config.json, maybe chat_template.jinja).
+
+        Or of a base GGUF.
+        """
+        if folder.is_file():
+            tokenizer, config = gguf_tokenizer(folder)
+            if not isinstance(config["chat_template"], str):
+                raise LlamamemError(f"{folder}: has no chat template; give its Hugging Face form with one")
+            return cls(tokenizer, config)
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             config = json.loads((folder / "tokenizer_config.json").read_text())

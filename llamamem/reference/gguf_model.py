@@ -20,11 +20,12 @@ def load_gguf(path: str | Path, config: Any = None, *, stream: bool = False) -> 
     anew. Not for Gemma. Raises LlamamemError where file and config do not fit.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     weights = GgufWeights(path)
     config = config_of(weights) if config is None else _text(config)
     device = "meta" if stream else "cpu"
-    with torch.device(device):
+    with torch.device(device), no_init_weights():  # drawing values to throw away takes longer than all the rest
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model = model.eval().requires_grad_(False)
     names = weights.names()

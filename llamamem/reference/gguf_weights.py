@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from llamamem.errors import LlamamemError
-from llamamem.formats.base import base_files
+from llamamem.formats.base import base_indexes
 from llamamem.formats.gguf_file import read_gguf_index
 
 _ATTENTION = {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn_output": "self_attn.o_proj"}
@@ -80,8 +80,7 @@ class GgufWeights:
             )
         self.architecture = ARCHITECTURES[self.arch]
         self.get = index.get
-        readers = [gguf.GGUFReader(file) for file in base_files(index)]
-        self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        self._tensors = {info.name: (part, info) for part in base_indexes(index) for info in part.tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -97,12 +96,17 @@ class GgufWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor of the file, in Hugging Face's order of axes."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return self._tensors[name][1].shape
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor of the file by its name there, F32, in Hugging Face's shape and order of rows."""
-        tensor, shape = self._tensors[name], self.shape(name)
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32, copy=False)
+        part, info = self._tensors[name]
+        size = gguf.quants.quant_shape_to_byte_shape(info.shape, info.type)
+        try:
+            data = np.memmap(part.path, np.uint8, "r", part.data_start + info.offset, size)
+        except ValueError:  # it would end behind the file
+            raise LlamamemError(f"{part.path}: tensor '{name}' is not all there; fetch it again") from None
+        values = gguf.quants.dequantize(np.asarray(data), info.type).reshape(info.shape).astype(np.float32, copy=False)
         short = name.removesuffix(".weight").rpartition(".")[2]
         if self.architecture.norm_rope and short in ("attn_q", "attn_k"):
             kind = "head_count" if short == "attn_q" else "head_count_kv"

@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch", reason="needs llamamem[reference]")
 pytest.importorskip("transformers", reason="needs llamamem[reference]")
 
 from make_checkpoint import Memory, write_checkpoint  # noqa: E402
-from quantised_runs import native_memory  # noqa: E402
+from quantised_runs import native_memory, to_q8  # noqa: E402
 
 from llamamem.formats.demo_files import demo_files  # noqa: E402
 from llamamem.formats.sidecar.copy import rebind_sidecar  # noqa: E402
@@ -111,14 +111,6 @@ def quantised(request: Any, files: tuple[Path, Path], tmp_path_factory: pytest.T
     return Quantised(request.param, base, sidecar, types)
 
 
-def to_q8_0(x: Any) -> Any:
-    """ggml's Q8_0 of activations: 32 to a scale, which is F16."""
-    blocks = x.reshape(-1, 32)
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    steps = torch.where(scale > 0, blocks / scale, 0.0)
-    return (torch.floor(steps.abs() + 0.5) * steps.sign() * scale.half().float()).reshape(x.shape)
-
-
 def to_q8_k(x: Any) -> Any:
     """ggml's Q8_K: 256 to a scale, by which the largest is -127."""
     blocks = x.reshape(-1, 256)
@@ -129,7 +121,7 @@ def to_q8_k(x: Any) -> Any:
 
 
 ROUNDS: dict[str, Round] = {
-    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL"), to_q8_0),
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL"), to_q8),
     **dict.fromkeys(("Q4_K", "Q5_K", "Q6_K"), to_q8_k),
     "BF16": lambda x: x.bfloat16().float(),
     **dict.fromkeys(("F16", "F32"), lambda x: x),  # computed in F32

@@ -77,6 +77,10 @@ def test_what_is_not_documented_or_does_not_come_is_found() -> None:
     assert json_docs.faults([{"ok": True, "list": [{"a": 1}]}], fields) == ["n: documented, and never there"]
 
 
+def test_the_catalogue(printed: Print) -> None:
+    hold(pull=[printed("pull")])
+
+
 def test_sidecars(printed: Print, sidecar: Path, zeroed: Path, model: Path) -> None:
     hold(
         sidecar_inspect=[
