@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("torch", reason="needs llamamem[reference]")
 pytest.importorskip("transformers", reason="needs llamamem[reference]")
 
-from llamamem.errors import LlamamemError  # noqa: E402
-from llamamem.reference.chat_tokens import ChatTokens  # noqa: E402
-from llamamem.reference.gguf_model import load_gguf  # noqa: E402
-from llamamem.reference.gguf_tokenizer import gguf_tokenizer  # noqa: E402
+from llamamem.errors import LlamamemError
+from llamamem.reference.chat_tokens import ChatTokens
+from llamamem.reference.gguf_model import load_gguf
+from llamamem.reference.gguf_tokenizer import gguf_tokenizer
 
 TOKENS = ["<|end|>", "<|im|>", *"abc12", "Ġ", "ab", "12", "Ġab"]
 TEMPLATE = "{% for m in messages %}<|im|>{{ m['content'] }}<|end|>{% endfor %}"
