@@ -110,6 +110,8 @@ class Sidecar:
         """Makes manifest and counts those of the tensors."""
         found = [key.value for key in self.keys if key.name == "memory_adapter.source_prefix"]
         prefix = found[0] if found and isinstance(found[0], str) else SOURCE_PREFIX
+        if not isinstance(self.manifest, list):  # after an edit; from Python 3.12 on a dict takes a slice for a key
+            raise TypeError("the manifest is no list")
         self.manifest[:] = [manifest_entry(tensor, prefix) for tensor in self.tensors]
         self.key("tensor_count").value = len(self.tensors)
         self.key("total_numel").value = sum(prod(tensor.dims) for tensor in self.tensors)

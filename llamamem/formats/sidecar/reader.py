@@ -5,8 +5,8 @@ All format versions and kinds of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,17 +33,19 @@ def read_sidecar(path: str | Path) -> Sidecar:
     Raises LlamamemError with the reason of the first fault, naming the file and the key or tensor.
     """
     path, faults = Path(path), Findings(limit=1)
-    with _refusing(path, faults):
+    with suppress(Enough):
         content = faults.attempt(read_gguf, path, ARCHITECTURES)
         assert content is not None
         return _checked(path, *content, faults)
+    raise _refusal(path, faults)
 
 
 def check_sidecar(path: Path, fields: dict[str, GgufField], tensors: dict[str, GgufTensor]) -> Sidecar:
     """The same for keys and tensors that are in no file yet. `path` is only named in errors."""
     faults = Findings(limit=1)
-    with _refusing(path, faults):
+    with suppress(Enough):
         return _checked(path, fields, tensors, faults)
+    raise _refusal(path, faults)
 
 
 def validate_sidecar(
@@ -68,13 +70,10 @@ def validate_sidecar(
     return Validation(sidecar, tuple(faults.found))
 
 
-@contextmanager
-def _refusing(path: Path, faults: Findings) -> Iterator[None]:
-    try:
-        yield
-    except Enough:
-        first = faults.found[0]
-        raise LlamamemError(f"{path}: [{first.reason}] {first.message}", reason=first.reason) from None
+def _refusal(path: Path, faults: Findings) -> LlamamemError:
+    """To be raised where Enough is over: while it is handled, the bytes of the whole file hang on it."""
+    first = faults.found[0]
+    return LlamamemError(f"{path}: [{first.reason}] {first.message}", reason=first.reason)
 
 
 def _checked(path: Path, fields: dict[str, GgufField], tensors: dict[str, GgufTensor], faults: Findings) -> Sidecar:
