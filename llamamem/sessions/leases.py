@@ -76,8 +76,8 @@ class Leases:
                 self._disconnect()
                 if last or isinstance(e, sqlite3.OperationalError):
                     raise
-                for file in (self.path, *self._beside()):  # the machine stopped within a change: no lease is left
-                    file.unlink(missing_ok=True)
+                for end in ("", "-journal"):  # the machine stopped within a change: no lease is left
+                    self.path.with_name(self.path.name + end).unlink(missing_ok=True)
         raise AssertionError
 
     def _connect(self) -> sqlite3.Connection:
@@ -86,7 +86,8 @@ class Leases:
         db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA synchronous = OFF")
-            db.execute("PRAGMA journal_mode = WAL")
+            # not WAL: who opens it at the same time as others is refused, and not made to wait
+            db.execute("PRAGMA journal_mode = PERSIST")
             db.execute(_SCHEMA)
         except BaseException:
             db.close()
@@ -104,9 +105,6 @@ class Leases:
         except FileNotFoundError:
             return None
         return found.st_dev, found.st_ino
-
-    def _beside(self) -> list[Path]:
-        return [self.path.with_name(self.path.name + end) for end in ("-wal", "-shm")]
 
 
 def _key(namespace: str, name: str) -> str:
