@@ -81,7 +81,8 @@ class Leases:
         raise AssertionError
 
     def _connect(self) -> sqlite3.Connection:
-        self.path.touch(mode=0o600)
+        if not self.path.exists():  # who opens and closes it beside SQLite ends the locks that this process has there
+            self.path.touch(mode=0o600)
         self._file = self._there()
         db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
         try:
