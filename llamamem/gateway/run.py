@@ -16,7 +16,7 @@ from llamamem.gateway.connection import Connection
 
 _START = 30.0  # seconds
 # Seconds after which a thread that computes lets another have the interpreter. A call of the store waits for its turn
-# some ten times; with Python's 5 ms each, sixteen streams had a session loaded in 60 ms instead of 2.
+# at each look at the disk, and Python's own 5 ms each time are more than the call itself.
 _SWITCH = 0.0005
 _CONNECTIONS = 2000  # at a time; more are told 503
 

@@ -463,11 +463,14 @@ def test_files_and_directories_are_the_owners_alone_also_those_that_were_there(
 def test_listing_and_pruning_take_time_in_proportion(store: SessionStore, n: int) -> None:
     """A quadratic store took 285 s for 10,000; four times as many may take no more than some four times as long."""
 
-    def seconds() -> float:  # of this process: what else the machine does is not in it
-        start = time.process_time()
+    def seconds() -> float:  # the least of three: other work on the machine only adds to it
+        return min(once() for _ in range(3))
+
+    def once() -> float:
+        start = time.perf_counter()
         assert store.prune(timedelta(days=9)) == [] and store.names("session", 5)
         store.entries()
-        return time.process_time() - start
+        return time.perf_counter() - start
 
     for i in range(n // 4):
         store.create(f"session {i}")
